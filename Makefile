@@ -1,0 +1,66 @@
+# Every command works on a machine that has Python 3.11 or newer, cargo and make; each builds what it needs first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(abspath $(VENV))/bin
+RUN = $(BIN)/python
+# The suite runs from here, so that it imports the installed wheel and never the source tree.
+OUTSIDE = build/outside
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-rust test-python deep lint format wheel install bench clean
+
+help:  ## List the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: install  ## Watch a model recover on a shifted stream (table and picture in build/demo)
+	$(BIN)/shiftkern demo --out build/demo
+
+test: test-rust test-python  ## Run the whole suite against the installed wheel
+
+test-rust:
+	cargo test --workspace --locked --quiet
+
+test-python: install
+	mkdir -p $(OUTSIDE)
+	cd $(OUTSIDE) && $(RUN) -m pytest $(CURDIR)/tests -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q
+
+deep: install  ## The suite with many more random cases, for an hour to spare
+	mkdir -p $(OUTSIDE)
+	cd $(OUTSIDE) && SHIFTKERN_PROFILE=deep $(RUN) -m pytest $(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
+		--rootdir $(CURDIR) -p no:cacheprovider -q --timeout 3600
+
+lint: install  ## Check style, types and that the stub file matches the extension
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(BIN)/ruff check python tests benches
+	$(BIN)/ruff format --check python tests benches
+	MYPYPATH=python $(BIN)/mypy --no-incremental
+	cd $(OUTSIDE) && $(RUN) -m mypy.stubtest shiftkern._native
+
+format:  ## Format all sources
+	cargo fmt --all
+	$(BIN)/ruff check --fix-only --quiet python tests benches
+	$(BIN)/ruff format --quiet python tests benches
+
+wheel: $(VENV)/.ready  ## Build the wheel into dist/
+	rm -rf dist
+	$(BIN)/maturin build --release --locked --quiet --out dist
+
+install: wheel
+	$(RUN) -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	mkdir -p $(OUTSIDE)
+
+bench: install  ## Measure everything side by side with its peers and write docs/benchmarks.md
+	cd $(OUTSIDE) && $(RUN) -m pytest $(CURDIR)/benches -c $(CURDIR)/benches/pytest.ini -q \
+		--benchmark-json=$(CURDIR)/build/bench.json
+	$(RUN) benches/report.py build/bench.json docs/benchmarks.md
+	cargo bench --workspace --locked --quiet
+
+clean:  ## Remove what was built (the virtual environment stays)
+	rm -rf build dist target
+
+$(VENV)/.ready: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	touch $@

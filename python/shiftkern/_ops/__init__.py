@@ -1,0 +1,1 @@
+"""The operators ``torch.ops.shiftkern.*``, one file per domain."""

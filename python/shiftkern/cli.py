@@ -1,0 +1,189 @@
+"""
+The ``shiftkern`` command.
+
+Exit codes: 0 done, 1 a file could not be read or written, 2 wrong usage or a missing optional package,
+130 interrupted.
+
+To add a command, write ``_add_<name>(commands)``: it adds a parser, its arguments, and ``set_defaults(run=...)`` with
+a function from the parsed arguments to an exit code. Import what the command needs inside that function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+__all__ = ["main"]
+
+_DEMO_PACKAGES = {"sklearn", "matplotlib", "rich"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; default ``sys.argv[1:]``.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # `shiftkern demo --seed 1` means `shiftkern demo adapt --seed 1`; `shiftkern demo --help` lists all demos.
+    if arguments[:1] == ["demo"] and not (arguments[1:] and _names_or_helps(arguments[1])):
+        arguments.insert(1, "adapt")
+    try:
+        args = _parser().parse_args(arguments)
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("shiftkern: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `shiftkern methods | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(str(error), 1)
+    return code
+
+
+def _names_or_helps(argument: str) -> bool:
+    return not argument.startswith("-") or argument in ("-h", "--help")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"shiftkern: error: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shiftkern", description="Fused CPU kernels for adapting models: demos, methods and build information."
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_methods(commands)
+    _add_info(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Reads the version only when asked for it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import shiftkern
+
+        print(f"shiftkern {shiftkern.__version__}")
+        parser.exit()
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="watch the library at work on real data",
+        description="Watch the library at work on real data. Without a name: adapt.",
+    )
+    _add_demo_adapt(parser.add_subparsers(title="demos", metavar="DEMO", required=True))
+
+
+def _add_demo_adapt(demos: Commands) -> None:
+    parser = demos.add_parser(
+        "adapt",
+        help="a digit classifier on corrupted and class-ordered streams, with every adaptation method",
+        description="Train a small network on handwritten digits, run every adaptation method on shifted streams, "
+        "print error rates and times, and write a picture. Takes less than a minute; --quick a few seconds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides data split, network and noise")
+    parser.add_argument("--severity", type=int, default=3, choices=range(1, 6), help="strength of the corruptions")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per step of a stream")
+    parser.add_argument("--methods", default="all", metavar="NAME,...", help="which methods to run, by name")
+    parser.add_argument(
+        "--out", type=Path, default=Path("shiftkern-demo"), metavar="DIR", help="where to write picture and results"
+    )
+    parser.add_argument("--quick", action="store_true", help="less training, fewer images")
+    parser.set_defaults(run=_demo_adapt, parser=parser)
+
+
+def _demo_adapt(args: argparse.Namespace) -> int:
+    try:
+        from shiftkern.demo.adapt import Options
+        from shiftkern.demo.show import main as show
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _DEMO_PACKAGES:
+            raise
+        return _fail(f"the demo needs {missing}: pip install 'shiftkern[demo]'", 2)
+    names = () if args.methods == "all" else [name.strip() for name in args.methods.split(",")]
+    try:
+        options = Options(args.seed, args.severity, args.batch_size, names, args.quick)
+    except ValueError as error:
+        args.parser.error(str(error))
+    return show(options, args.out)
+
+
+def _add_methods(commands: Commands) -> None:
+    parser = commands.add_parser("methods", help="list the published methods the library holds")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    parser.set_defaults(run=_methods)
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from shiftkern.methods import METHODS
+
+    if args.json:
+        print(json.dumps([asdict(method) for method in METHODS], indent=1))
+        return 0
+    rows = [("id", "system", "api", "follows", "status")]
+    rows += [(str(m.id), m.system, m.api, m.follows, m.status) for m in METHODS]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _add_info(commands: Commands) -> None:
+    parser = commands.add_parser("info", help="print version, build, threads and torch version, for bug reports")
+    parser.set_defaults(run=_info)
+
+
+def _info(_: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    import shiftkern
+
+    rows: dict[str, object] = {
+        **shiftkern.build_info(),
+        "threads": shiftkern.get_num_threads(),
+        "torch": torch.__version__,
+        "torch threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name.ljust(width)}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

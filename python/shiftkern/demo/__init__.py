@@ -1,0 +1,1 @@
+"""Runnable demonstrations behind ``shiftkern demo``. They need ``pip install 'shiftkern[demo]'``."""

@@ -1,0 +1,67 @@
+"""Exponential moving averages of many tensors in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shiftkern import _checks
+from shiftkern._ops import norm as ops
+
+__all__ = ["ema_update_"]
+
+
+@torch.no_grad()
+def ema_update_(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: float) -> None:
+    """Update each tensor in place: ``t <- (1 - momentum) * t + momentum * v``.
+
+    One call for all layers of a model: running statistics, or a teacher from its student.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+        Float tensors of any shapes; written in place, whether or not they require grad.
+    values : sequence of Tensor
+        As many tensors of the same shapes, dtypes and devices.
+    momentum : float
+        Weight of the new value, in [0, 1].
+
+    Raises
+    ------
+    ArgumentError
+        Another number of values, a shape or device that differs, ``momentum`` outside [0, 1]. Everything is checked
+        first: after an error no tensor has changed.
+    ArgumentTypeError
+        An element is no float tensor, or the dtypes of a pair differ.
+
+    Notes
+    -----
+    O(total numel), one trip to memory. float16 and bfloat16 are computed in float32 and rounded once.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from shiftkern.norm import ema_update_
+    >>> running = torch.tensor([1.0, 2.0])
+    >>> ema_update_([running], [torch.tensor([3.0, 2.0])], momentum=0.5)
+    >>> running.tolist()
+    [2.0, 2.0]
+    """
+    op = "ema_update_"
+    momentum = _checks.fraction(op, "momentum", momentum)
+    for name, given in (("tensors", tensors), ("values", values)):
+        if isinstance(given, Tensor) or not isinstance(given, Sequence):
+            _checks.refuse_type(op, name, "a list of tensors", _checks.describe(given))
+    if len(tensors) != len(values):
+        _checks.refuse(op, "values", f"{len(tensors)} tensors, as many as in 'tensors'", len(values))
+    for i, (tensor, value) in enumerate(zip(tensors, values, strict=True)):
+        _checks.tensor(op, f"tensors[{i}]", tensor)
+        _checks.tensor(op, f"values[{i}]", value, shape=tensor.shape, dtypes=(tensor.dtype,), device=tensor.device)
+        _checks.writable(op, f"tensors[{i}]", tensor)
+    devices = {t.device for t in tensors}
+    # One operator call runs on one device; a model spread over several is updated part by part.
+    for device in devices:
+        pairs = [(t, v) for t, v in zip(tensors, values, strict=True) if t.device == device]
+        ops.ema_update_([t for t, _ in pairs], [v for _, v in pairs], momentum)

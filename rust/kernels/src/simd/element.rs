@@ -1,0 +1,150 @@
+//! Element types and the types they are computed in.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use std::ops::{Add, Div, Mul, Sub};
+
+/// Rows of a register tile of inner products.
+pub const TILE_ROWS: usize = 4;
+
+/// A type that arithmetic is done in: `f32` or `f64`.
+pub trait Real:
+    Copy
+    + Default
+    + Send
+    + Sync
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Element<Acc = Self>
+    + 'static
+{
+    /// Lanes of one accumulator set: four 512-bit registers.
+    const LANES: usize;
+    /// A per-lane accumulator; an array, so that loops over it become vector instructions.
+    type Lanes: AsMut<[Self]> + AsRef<[Self]> + Copy;
+    /// One row of a register tile of inner products: half of `Lanes`.
+    type Panel: AsRef<[Self]>;
+    /// Inner products of `TILE_ROWS` rows with the columns of a packed panel, `LANES / 2` wide.
+    fn tile_products<const FMA: bool>(rows: [&[Self]; TILE_ROWS], panel: &[Self]) -> [Self::Panel; TILE_ROWS];
+    /// All lanes zero.
+    const ZERO_LANES: Self::Lanes;
+    /// Rounds to nearest.
+    fn from_f64(value: f64) -> Self;
+    /// Exact.
+    fn to_f64(self) -> f64;
+    /// `self * a + b`, in one rounding when `FMA`.
+    fn mul_add_if<const FMA: bool>(self, a: Self, b: Self) -> Self;
+}
+
+macro_rules! real {
+    ($type:ident, $lanes:literal) => {
+        impl Real for $type {
+            const LANES: usize = $lanes;
+            type Lanes = [$type; $lanes];
+            const ZERO_LANES: Self::Lanes = [0.0; $lanes];
+            type Panel = [$type; $lanes / 2];
+            #[inline(always)]
+            fn tile_products<const FMA: bool>(
+                rows: [&[$type]; TILE_ROWS],
+                panel: &[$type],
+            ) -> [Self::Panel; TILE_ROWS] {
+                // Arrays of constant size and plain indices: the accumulators stay in registers.
+                let mut acc = [[0.0 as $type; $lanes / 2]; TILE_ROWS];
+                let depth = rows[0].len();
+                let rows = rows.map(|row| &row[..depth]);
+                for (k, column) in panel.as_chunks::<{ $lanes / 2 }>().0.iter().take(depth).enumerate() {
+                    for r in 0..TILE_ROWS {
+                        let a = rows[r][k];
+                        for lane in 0..$lanes / 2 {
+                            acc[r][lane] = a.mul_add_if::<FMA>(column[lane], acc[r][lane]);
+                        }
+                    }
+                }
+                acc
+            }
+            #[inline(always)]
+            fn from_f64(value: f64) -> Self {
+                value as $type
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+            #[inline(always)]
+            fn mul_add_if<const FMA: bool>(self, a: Self, b: Self) -> Self {
+                if FMA { self.mul_add(a, b) } else { self * a + b }
+            }
+        }
+
+        impl Element for $type {
+            type Acc = $type;
+            const SAME: bool = true;
+            #[inline(always)]
+            fn load(source: &[Self], target: &mut [$type]) {
+                target.copy_from_slice(source);
+            }
+            #[inline(always)]
+            fn store(source: &[$type], target: &mut [Self]) {
+                target.copy_from_slice(source);
+            }
+            #[inline(always)]
+            fn as_acc(source: &[Self]) -> Option<&[$type]> {
+                Some(source)
+            }
+            #[inline(always)]
+            fn as_acc_mut(target: &mut [Self]) -> Option<&mut [$type]> {
+                Some(target)
+            }
+        }
+    };
+}
+
+real!(f32, 64);
+real!(f64, 32);
+
+/// A type that tensors are stored in.
+pub trait Element: Copy + Send + Sync + 'static {
+    /// The type it is computed in; statistics are always combined in `f64`.
+    type Acc: Real;
+    /// Whether `Acc` is this type itself.
+    const SAME: bool;
+    /// Widens `source` into `target` of equal length.
+    fn load(source: &[Self], target: &mut [Self::Acc]);
+    /// Rounds `source` to nearest even into `target` of equal length.
+    fn store(source: &[Self::Acc], target: &mut [Self]);
+    /// The slice itself where no widening is needed.
+    fn as_acc(source: &[Self]) -> Option<&[Self::Acc]>;
+    /// The slice itself where no rounding is needed.
+    fn as_acc_mut(target: &mut [Self]) -> Option<&mut [Self::Acc]>;
+}
+
+macro_rules! half {
+    ($type:ident) => {
+        impl Element for $type {
+            type Acc = f32;
+            const SAME: bool = false;
+            #[inline(always)]
+            fn load(source: &[Self], target: &mut [f32]) {
+                source.convert_to_f32_slice(target);
+            }
+            #[inline(always)]
+            fn store(source: &[f32], target: &mut [Self]) {
+                target.convert_from_f32_slice(source);
+            }
+            #[inline(always)]
+            fn as_acc(_: &[Self]) -> Option<&[f32]> {
+                None
+            }
+            #[inline(always)]
+            fn as_acc_mut(_: &mut [Self]) -> Option<&mut [f32]> {
+                None
+            }
+        }
+    };
+}
+
+half!(f16);
+half!(bf16);

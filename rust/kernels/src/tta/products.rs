@@ -1,0 +1,104 @@
+//! Inner products of all pairs of rows, a block of rows at a time.
+
+use crate::exec::for_each_chunk;
+use crate::simd::{Element, Real, Vectorized, dispatch};
+use crate::{KernelError, Par};
+
+/// Rows per register tile.
+const TILE_ROWS: usize = crate::simd::TILE_ROWS;
+
+/// Rows of unit length, packed so that inner products read memory in order.
+///
+/// `rows` holds the rows as they are; `panels` holds panels of `R::LANES / 2` rows, transposed: element `k` of all rows
+/// of a panel lies together.
+pub struct UnitRows<R> {
+    rows: Vec<R>,
+    panels: Vec<R>,
+    count: usize,
+    width: usize,
+}
+
+impl<R: Real> UnitRows<R> {
+    /// Rows per panel: two vector registers of the widest kind.
+    const PANEL: usize = R::LANES / 2;
+
+    /// Scales each row of `x` to unit length (rows shorter than 1e-12 are divided by that) and packs them.
+    pub fn new<T: Element<Acc = R>>(x: &[T], count: usize, width: usize, par: Par<'_>) -> Result<Self, KernelError> {
+        let mut rows = vec![R::default(); count * width];
+        let cost = rows.len() as f64;
+        for_each_chunk(par, &mut rows, (64 * width).max(1), cost, |block, chunk| {
+            let start = block * 64 * width;
+            T::load(&x[start..start + chunk.len()], chunk);
+            for row in chunk.chunks_mut(width.max(1)) {
+                let length = row.iter().map(|v| v.to_f64() * v.to_f64()).sum::<f64>().sqrt().max(1e-12);
+                for v in row {
+                    *v = R::from_f64(v.to_f64() / length);
+                }
+            }
+        })?;
+        let panel_len = Self::PANEL * width;
+        let mut panels = vec![R::default(); count.div_ceil(Self::PANEL) * panel_len];
+        for_each_chunk(par, &mut panels, panel_len.max(1), cost, |block, panel| {
+            for lane in 0..Self::PANEL.min(count - block * Self::PANEL) {
+                let row = &rows[(block * Self::PANEL + lane) * width..][..width];
+                for (k, &value) in row.iter().enumerate() {
+                    panel[k * Self::PANEL + lane] = value;
+                }
+            }
+        })?;
+        Ok(Self { rows, panels, count, width })
+    }
+
+    /// Length of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The row `i`.
+    pub fn row(&self, i: usize) -> &[R] {
+        &self.rows[i * self.width..][..self.width]
+    }
+
+    /// Length of a row of products with padding: whole panels.
+    pub fn padded(&self) -> usize {
+        self.count.div_ceil(Self::PANEL) * Self::PANEL
+    }
+
+    /// Inner products of rows `first..first + out.len() / padded()` with all rows, into rows of `padded()` entries.
+    ///
+    /// Each product is one sum in order of `k`, in the accumulation type: error at most `width * u` for unit rows.
+    pub fn products(&self, first: usize, out: &mut [R]) {
+        dispatch(Products { of: self, first, out });
+    }
+}
+
+struct Products<'a, R> {
+    of: &'a UnitRows<R>,
+    first: usize,
+    out: &'a mut [R],
+}
+
+impl<R: Real> Vectorized for Products<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let UnitRows { panels, width, .. } = self.of;
+        let padded = self.of.padded();
+        let panel_rows = UnitRows::<R>::PANEL;
+        if *width == 0 {
+            return self.out.fill(R::default());
+        }
+        for (tile, out) in self.out.chunks_mut(TILE_ROWS * padded).enumerate() {
+            let first = self.first + tile * TILE_ROWS;
+            let used = out.len() / padded;
+            // A short last tile repeats its last row; the surplus results are not stored.
+            let rows: [&[R]; TILE_ROWS] = std::array::from_fn(|r| self.of.row(first + r.min(used - 1)));
+            for (j, panel) in panels.chunks_exact(panel_rows * width).enumerate() {
+                let acc = R::tile_products::<FMA>(rows, panel);
+                for (acc, out) in acc.iter().zip(out.chunks_exact_mut(padded)) {
+                    out[j * panel_rows..][..panel_rows].copy_from_slice(acc.as_ref());
+                }
+            }
+        }
+    }
+}
