@@ -52,9 +52,7 @@ install: wheel
 	mkdir -p $(OUTSIDE)
 
 bench: install  ## Measure everything side by side with its peers and write docs/benchmarks.md
-	cd $(OUTSIDE) && $(RUN) -m pytest $(CURDIR)/benches -c $(CURDIR)/benches/pytest.ini -q \
-		--benchmark-json=$(CURDIR)/build/bench.json
-	$(RUN) benches/report.py build/bench.json docs/benchmarks.md
+	cd $(OUTSIDE) && $(RUN) $(CURDIR)/benches/report.py $(CURDIR)/docs/benchmarks.md
 	cargo bench --workspace --locked --quiet
 
 clean:  ## Remove what was built (the virtual environment stays)

@@ -122,7 +122,7 @@ def _ema() -> list[Arguments]:
 def _lame() -> list[Arguments]:
     features = make((12, 5), seed=9)
     return [
-        (make((12, 3), dtype).softmax(1), features.to(dtype), affinity, 3, 0.5, 20, 1e-8)
+        (make((12, 3), dtype).softmax(1), features.to(dtype), affinity, 3, 0.5, 3, 0.0)  # no NaN in the report, which opcheck cannot compare
         for dtype in (torch.float32, torch.float64)
         for affinity in ("knn", "rbf", "linear")
     ]

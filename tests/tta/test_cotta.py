@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from shiftkern.norm import convert_norm
 from shiftkern.tta import Augment, CoTTA
 
 
@@ -184,3 +185,13 @@ def test_what_augment_returns_is_checked(result):
 def test_a_model_without_parameters_is_refused():
     with pytest.raises(ValueError, match="argument 'model'"):
         CoTTA(nn.Flatten())
+
+
+def test_layers_with_moving_statistics_do_not_move_the_source():
+    method = CoTTA(convert_norm(make(), "unmix", num_components=2, momentum=0.5), num_augmentations=1)
+    start = {name: value.clone() for name, value in method.model.state_dict().items()}
+    for x in batches():
+        method(x)
+    assert not torch.equal(method.model[1].component_mean, start["1.component_mean"])
+    method.reset()
+    assert all(torch.equal(start[name], value) for name, value in method.model.state_dict().items())

@@ -87,11 +87,11 @@ def _split_affine(x: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, dim: in
 
 
 def _moments_rust(x: Tensor, mask: Tensor | None, dim: int, per_instance: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if x.numel() == 0:
+        return _moments_torch(x, mask, dim, per_instance)
     count, mean, m2 = _moments_fake(x, mask, dim, per_instance)
     x = _dense(x, dim)
     mask = None if mask is None else mask.contiguous()
-    if x.numel() == 0:
-        return count.zero_(), mean.zero_(), m2.zero_()
     shape = _layout(x, dim, per_instance)
     _native.channel_moments(view(x), shape, optional_view(mask), view(mean), view(m2), view(count), threads())
     return count, mean, m2
@@ -101,7 +101,7 @@ def _moments_torch(x: Tensor, mask: Tensor | None, dim: int, per_instance: bool)
     dims = _reduced(x, dim, per_instance)
     wide = x.to(_compute_dtype(x))
     if mask is None:
-        size = x.numel() // max(x.shape[dim], 1) // (x.shape[0] if per_instance and x.shape[0] else 1)
+        size = x.shape[1 if per_instance else 0 : dim].numel() * x.shape[dim + 1 :].numel()
         count = torch.full((x.shape[0], 1) if per_instance else (), float(size), dtype=_STAT, device=x.device)
     else:
         kept = mask.unsqueeze(dim)

@@ -80,11 +80,11 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, *, seed: int, epoc
     network.train()
     for _ in range(epochs):
         order = torch.randperm(len(labels), generator=generator)
-        for index in order[: steps * batch_size].split(batch_size):
+        for index in torch.split(order[: steps * batch_size], batch_size):
             shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
             loss = F.cross_entropy(network(torch.roll(images[index], shift, (2, 3))), labels[index])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     network.eval()

@@ -63,8 +63,8 @@ def _unmix(results: Results) -> str:
     if way < 0.25:
         return (
             f"UnMix-TNS ({numbers}) has no time to adapt: on {results.images} images its components go about"
-            f" {100 * way:.0f} % of the way to the stream. It differs from the source model mainly by the random start of its"
-            f" {UNMIX_COMPONENTS} components."
+            f" {100 * way:.0f} % of the way to the stream. It differs from the source model mainly by the"
+            f" random start of its {UNMIX_COMPONENTS} components."
         )
     return f"UnMix-TNS: {numbers}."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,8 +15,8 @@ from shiftkern.demo.streams import CORRUPTIONS, ORDERS
 
 __all__ = ["picture"]
 
-# Okabe and Ito's colour-blind-safe colours; neighbours in the list also differ in line style and width.
-_STYLES: dict[str, dict[str, object]] = {
+# Okabe and Ito's colour-blind-safe colours and two dark ones; curves also differ in line style and width.
+_STYLES: dict[str, dict[str, Any]] = {
     "source": {"color": "#000000", "linewidth": 2.4},
     "bn": {"color": "#D55E00", "linewidth": 2.4},
     "alpha": {"color": "#0072B2", "linewidth": 2.4},
@@ -23,9 +24,9 @@ _STYLES: dict[str, dict[str, object]] = {
     "osuda": {"color": "#CC79A7", "linewidth": 1.3, "linestyle": "--"},
     "tent": {"color": "#E69F00", "linewidth": 1.3},
     "cotta": {"color": "#56B4E9", "linewidth": 1.3},
-    "rmt": {"color": "#CC79A7", "linewidth": 1.3, "linestyle": "-."},
+    "rmt": {"color": "#5D3A9B", "linewidth": 1.3, "linestyle": "-."},
     "lame": {"color": "#7F7F7F", "linewidth": 1.3, "linestyle": ":"},
-    "style": {"color": "#B8A000", "linewidth": 1.3, "linestyle": "--"},
+    "style": {"color": "#7A4B12", "linewidth": 1.3, "linestyle": "-."},
 }
 _WINDOW = 4  # batches in the running error
 

@@ -112,7 +112,7 @@ class Stream:
         start = 0
         for _, length in self.segments:
             part = slice(start, start + length)
-            yield from zip(self.images[part].split(size), self.labels[part].split(size), strict=True)
+            yield from zip(torch.split(self.images[part], size), torch.split(self.labels[part], size), strict=True)
             start += length
 
 
