@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from harness import Result, interleave
 from torch import Tensor
 
 from shiftkern.norm import (
@@ -17,6 +16,8 @@ from shiftkern.norm import (
     style_shift,
     unmix_norm,
 )
+
+from harness import Result, interleave
 
 SIZES = {"in L2": (8, 32, 28, 28), "in L3": (200, 16, 32, 32), "beyond": (64, 64, 56, 56)}
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from harness import Result, interleave
 from torch import Tensor
 
 from shiftkern.tta import lame
+
+from harness import Result, interleave
 
 
 def affinity_published(features: Tensor, k: int) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import matplotlib as mpl
+
 import bench_norm
 import bench_tta
-import matplotlib as mpl
 from harness import Result, machine, refuse_debug_build
 
 mpl.use("Agg")
@@ -37,7 +38,12 @@ def asked_table(results: list[Result]) -> list[str]:
 
 def result_table(result: Result) -> list[str]:
     limit = f"times of *{result.limit}*" if result.limit else "of limit"
-    lines = [f"### {result.work}: {result.size}", "", f"| case | ms (quartiles) | speed-up | {limit} |", "|---|---|---:|---:|"]
+    lines = [
+        f"### {result.work}: {result.size}",
+        "",
+        f"| case | ms (quartiles) | speed-up | {limit} |",
+        "|---|---|---:|---:|",
+    ]
     for case, t in result.timings.items():
         ours = case in result.ours
         ratio = f"{result.ratio(case):.1f}x" if ours else ""

@@ -22,9 +22,7 @@ settings.register_profile(
 settings.register_profile(
     "ci", max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=_SLOW_IS_FINE
 )
-settings.register_profile(
-    "deep", max_examples=600, deadline=None, print_blob=True, suppress_health_check=_SLOW_IS_FINE
-)
+settings.register_profile("deep", max_examples=600, deadline=None, print_blob=True, suppress_health_check=_SLOW_IS_FINE)
 PROFILE = os.environ.get("SHIFTKERN_PROFILE", "ci")
 settings.load_profile(PROFILE)
 

@@ -17,7 +17,7 @@ from shiftkern.errors import NotDifferentiableError
 
 __all__ = ["OPERATORS", "define"]
 
-_LIBRARY = torch.library.Library("shiftkern", "DEF")
+_LIBRARY: Any = torch.library.Library("shiftkern", "DEF")  # type: ignore[no-untyped-call]
 
 #: Names of all registered operators, in order; tests enumerate them.
 OPERATORS: list[str] = []
@@ -76,9 +76,8 @@ def _noting_writes(implementation: Callable[..., Any], mutates: tuple[int, ...])
         result = implementation(*args)
         for position in mutates:
             written = args[position]
-            for tensor in written if isinstance(written, (list, tuple)) else (written,):
-                if not tensor.is_inference():
-                    torch.autograd.graph.increment_version(tensor)
+            tensors = written if isinstance(written, (list, tuple)) else (written,)
+            torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
         return result
 
     return wrapped
@@ -88,7 +87,9 @@ def _refusing_gradients(name: str) -> Callable[..., Any]:
     def wrapped(keyset: Any, *args: Any) -> Any:
         flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
         if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in flat):
-            raise NotDifferentiableError(f"{name}: this in-place operator has no gradient; call it under torch.no_grad()")
+            raise NotDifferentiableError(
+                f"{name}: this in-place operator has no gradient; call it under torch.no_grad()"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.shiftkern, name).default.redispatch(
                 keyset & torch._C._after_autograd_keyset, *args

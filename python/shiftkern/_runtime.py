@@ -12,12 +12,18 @@ from shiftkern._checks import integer, refuse
 __all__ = ["build_info", "get_num_threads", "set_num_threads"]
 
 
+#: No machine has more; larger numbers do not fit what the kernels take.
+_MOST = 2**31 - 1
+
+
 def _from_environment() -> int | None:
     text = os.environ.get("SHIFTKERN_NUM_THREADS", "").strip()
     if not text:
         return None
-    if not text.isdecimal() or int(text) < 1:
-        refuse("import shiftkern", "SHIFTKERN_NUM_THREADS", "a whole number >= 1 in this environment variable", repr(text))
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST:
+        refuse(
+            "import shiftkern", "SHIFTKERN_NUM_THREADS", "a whole number >= 1 in this environment variable", repr(text)
+        )
     return int(text)
 
 
@@ -51,7 +57,7 @@ def set_num_threads(threads: int) -> None:
     Raises
     ------
     ArgumentError
-        ``threads`` is below 1.
+        ``threads`` is below 1, or above 2**31 - 1.
     ArgumentTypeError
         ``threads`` is not an integer.
 
@@ -61,7 +67,10 @@ def set_num_threads(threads: int) -> None:
     >>> shiftkern.set_num_threads(1)
     """
     global _chosen
-    _chosen = integer("set_num_threads", "threads", threads, 1)
+    threads = integer("set_num_threads", "threads", threads, 1)
+    if threads > _MOST:
+        refuse("set_num_threads", "threads", f"an integer <= {_MOST}", threads)
+    _chosen = threads
 
 
 def build_info() -> dict[str, str]:

@@ -17,15 +17,14 @@ def moments_loop(x: Tensor, dim: int = 1, mask: Tensor | None = None, per_instan
     mean = torch.zeros(instances, channels, dtype=torch.float64)
     m2 = torch.zeros(instances, channels, dtype=torch.float64)
     for n in range(instances):
-        kept = [
-            p for p in positions if (not per_instance or p[0] == n) and (mask is None or bool(mask[p]))
-        ]
+        kept = [p for p in positions if (not per_instance or p[0] == n) and (mask is None or bool(mask[p]))]
         count[n] = len(kept)
         rows = [x[p].tolist() for p in kept]
         for c in range(channels):
             values = [row[c] for row in rows]
             if values:
                 centre = math.fsum(values) / len(values)
+                centre += math.fsum(v - centre for v in values) / len(values)
                 mean[n, c] = centre
                 m2[n, c] = math.fsum((v - centre) ** 2 for v in values)
     return (count, mean, m2) if per_instance else (count[0, 0], mean[0], m2[0])
@@ -41,9 +40,7 @@ def _shape(value: Tensor, x: Tensor) -> Tensor:
     return value.reshape(lead + (1,) * (x.dim() - 2))
 
 
-def mixed(
-    x, running_mean, running_var, weight=None, bias=None, *, source_weight, eps=1e-5, unbiased=False
-) -> Tensor:
+def mixed(x, running_mean, running_var, weight=None, bias=None, *, source_weight, eps=1e-5, unbiased=False) -> Tensor:
     x = x.double()
     dims = [0, *range(2, x.dim())]
     count = x.numel() // x.shape[1]
@@ -55,6 +52,11 @@ def mixed(
     if weight is not None:
         y = y * _shape(weight.double(), x)
     return y if bias is None else y + _shape(bias.double(), x)
+
+
+def pooled_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.double().transpose(0, 1).reshape(x.shape[1], -1)
+    return x.mean(1), x.var(1, correction=0)
 
 
 def instance_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 import pytest
 import torch
-from helpers import oracles
-from helpers.strategies import DTYPES, LAYOUTS, SHAPES, affine, computing, lay_out, make, roundoff, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,20 +7,26 @@ import shiftkern
 from shiftkern import ArgumentError, ArgumentTypeError
 from shiftkern.norm import AlphaBatchNorm, mixed_batch_norm, mixed_batch_norm_
 
+from helpers import oracles
+from helpers.strategies import DTYPES, LAYOUTS, SHAPES, affine, computing, lay_out, make, roundoff, tensors
+
 WEIGHTS = (0.0, 0.25, 1.0)
 
 
-def close(y, expected, x, *arguments, eps=1e-5):
+def close(y, expected, x, *arguments, source_weight):
     """Few roundings of the computing type on the product and the sum, one of the storage type."""
     assert y.dtype == x.dtype
     assert y.shape == x.shape
     u, stored = roundoff(computing(x.dtype)), roundoff(x.dtype)
-    mean, var, *rest = arguments
+    _, var, *rest = arguments
     weight = max((float(t.abs().max()) for t in rest[:1] if t is not None and t.numel()), default=1.0)
     bias = max((float(t.abs().max()) for t in rest[1:] if t is not None and t.numel()), default=0.0)
     if not x.numel():
         return
-    terms = float(expected.abs().max()) + 2 * bias + weight
+    # The bound of the mean, 3 u |mean|, is scaled like the data; it shows where a channel is almost constant.
+    own_mean, own_var = oracles.pooled_statistics(x)
+    scale = weight / (source_weight * var.double() + (1 - source_weight) * own_var + 1e-5).sqrt()
+    terms = float(expected.abs().max()) + 2 * bias + weight + 0.03 * float((own_mean.abs() * scale).max())
     error = (y.double() - expected).abs()
     assert float((error - stored * expected.abs()).max()) <= 100 * u * terms + torch.finfo(x.dtype).smallest_normal
 
@@ -42,7 +46,8 @@ def test_equals_the_formula(shape, dtype, layout):
     for source_weight in WEIGHTS:
         y = mixed_batch_norm(x, *arguments, source_weight=source_weight)
         if x.numel():
-            close(y, oracles.mixed(x, *arguments, source_weight=source_weight), x, *arguments)
+            expected = oracles.mixed(x, *arguments, source_weight=source_weight)
+            close(y, expected, x, *arguments, source_weight=source_weight)
         assert y.shape == x.shape
         if layout in ("contiguous", "channels_last"):
             assert y.numel() == 0 or y.stride() == x.stride()
@@ -57,9 +62,9 @@ def test_equals_the_formula_for_any_options(x, source_weight, with_weight, with_
     y = mixed_batch_norm(x, mean, var, weight, bias, **options)
     expected = oracles.mixed(x, mean, var, weight, bias, **options)
     offset = x.double().abs().max() / 0.03  # a shift is subtracted before it is scaled
-    assert float((y - expected).abs().max()) <= float(
-        100 * roundoff(computing(x.dtype)) * (expected.abs().max() + offset + 6) + roundoff(x.dtype) * 2 * expected.abs().max()
-    )
+    largest = expected.abs().max()
+    bound = 100 * roundoff(computing(x.dtype)) * (largest + offset + 6) + 2 * roundoff(x.dtype) * largest
+    assert float((y - expected).abs().max()) <= float(bound)
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
@@ -125,7 +130,7 @@ def test_channels_last_equals_contiguous(shape, dtype):
     a = mixed_batch_norm(x, *arguments, source_weight=0.4)
     b = mixed_batch_norm(lay_out(x, "channels_last"), *arguments, source_weight=0.4)
     assert b.stride() == lay_out(x, "channels_last").stride()
-    torch.testing.assert_close(a, b, rtol=2 * roundoff(dtype), atol=8 * roundoff(computing(dtype)))
+    torch.testing.assert_close(a, b, rtol=2 * roundoff(dtype), atol=100 * roundoff(computing(dtype)))
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d])
@@ -236,8 +241,12 @@ def test_gradient_in_another_layout_than_x(of_x, of_gradient, dtype):
         y = mixed_batch_norm(leaf, *arguments[:2], weight, arguments[3], source_weight=0.3)
         y.backward(lay_out(gradient, b))
         results.append((leaf.grad, weight.grad))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=2 * roundoff(a.dtype) + 1e-13, atol=8 * roundoff(computing(dtype)))
+    u = roundoff(computing(dtype))
+    (ours, ours_weight), (theirs, theirs_weight) = results
+    torch.testing.assert_close(ours, theirs, rtol=2 * roundoff(dtype), atol=100 * u)
+    # A sum: 100 u of the sum of magnitudes.
+    magnitude = float(gradient.double().abs().sum((0, 2, 3)).max())
+    torch.testing.assert_close(ours_weight, theirs_weight, rtol=0, atol=100 * u * magnitude)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -260,7 +269,7 @@ def test_one_dimensional_statistics_in_any_memory():
         a = mixed_batch_norm(x, *parts, source_weight=0.4)
         b = mixed_batch_norm(x, *[t.contiguous() for t in parts], source_weight=0.4)
         assert torch.equal(a, b)
-        close(a, oracles.mixed(x, *parts, source_weight=0.4), x, *parts)
+        close(a, oracles.mixed(x, *parts, source_weight=0.4), x, *parts, source_weight=0.4)
 
 
 def test_source_statistics_may_change_before_the_backward_pass():
@@ -325,12 +334,12 @@ class TestOut:
         ],
     )
     def test_errors(self, out, error):
-        with pytest.raises(error, match="^mixed_batch_norm: argument 'out': "):
+        with pytest.raises(error, match=r"^mixed_batch_norm: argument 'out': "):
             mixed_batch_norm(make((4, 3)), *affine(3), source_weight=0.4, out=out)
 
     def test_is_refused_where_a_gradient_is_needed(self):
         x = make((4, 3)).requires_grad_()
-        with pytest.raises(ArgumentError, match="^mixed_batch_norm: argument 'out': "):
+        with pytest.raises(ArgumentError, match=r"^mixed_batch_norm: argument 'out': "):
             mixed_batch_norm(x, *affine(3), source_weight=0.4, out=torch.zeros(4, 3))
         with torch.no_grad():
             mixed_batch_norm(x, *affine(3), source_weight=0.4, out=torch.zeros(4, 3))
@@ -356,7 +365,7 @@ class TestInPlace:
 
     def test_a_leaf_is_refused(self):
         x = make((4, 3)).requires_grad_()
-        with pytest.raises(ArgumentError, match="^mixed_batch_norm_: argument 'x': .* leaf"):
+        with pytest.raises(ArgumentError, match=r"^mixed_batch_norm_: argument 'x': .* leaf"):
             mixed_batch_norm_(x, *affine(3), source_weight=0.3)
         with torch.no_grad():
             assert mixed_batch_norm_(x, *affine(3), source_weight=0.3) is x
@@ -364,11 +373,11 @@ class TestInPlace:
     @pytest.mark.parametrize("take", [lambda x: x[:2], lambda x: x.view(2, 6)[:, :3], lambda x: (x * 1).chunk(2)[0]])
     def test_views_that_autograd_does_not_let_change_are_refused(self, take):
         x = make((4, 3)).requires_grad_()
-        with pytest.raises(ArgumentError, match="^mixed_batch_norm_: argument 'x': "):
+        with pytest.raises(ArgumentError, match=r"^mixed_batch_norm_: argument 'x': "):
             mixed_batch_norm_(take(x), *affine(3), source_weight=0.3)
 
     def test_an_expanded_tensor_is_refused(self):
-        with pytest.raises(ArgumentError, match="^mixed_batch_norm_: argument 'x': .*expanded"):
+        with pytest.raises(ArgumentError, match=r"^mixed_batch_norm_: argument 'x': .*expanded"):
             mixed_batch_norm_(torch.zeros(1, 3).expand(4, 3), *affine(3), source_weight=0.3)
 
     @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
@@ -417,7 +426,7 @@ class TestInPlace:
             assert torch.equal(mixed_batch_norm_(inside, *affine(3), source_weight=0.3), expected)
             assert torch.equal(mixed_batch_norm_(outside, *affine(3), source_weight=0.3), expected)
         weight = torch.ones(3, requires_grad=True)
-        with pytest.raises(ArgumentError, match="^mixed_batch_norm_: argument 'x': "):
+        with pytest.raises(ArgumentError, match=r"^mixed_batch_norm_: argument 'x': "):
             mixed_batch_norm_(inside, *affine(3)[:2], weight, source_weight=0.3)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -469,19 +478,19 @@ ERRORS = [
 @pytest.mark.parametrize(("argument", "value", "error"), ERRORS)
 @pytest.mark.parametrize("function", [mixed_batch_norm, mixed_batch_norm_], ids=lambda f: f.__name__)
 def test_errors(function, argument, value, error):
-    with pytest.raises(error, match=f"^{function.__name__}: argument '{argument}': expected .*, got "):
+    with pytest.raises(error, match=rf"^{function.__name__}: argument '{argument}': expected .*, got "):
         function(**{**GOOD, argument: value})
 
 
 @pytest.mark.parametrize("function", [mixed_batch_norm, mixed_batch_norm_], ids=lambda f: f.__name__)
 def test_unbiased_needs_two_elements(function):
-    with pytest.raises(ArgumentError, match=f"^{function.__name__}: argument 'unbiased': "):
+    with pytest.raises(ArgumentError, match=rf"^{function.__name__}: argument 'unbiased': "):
         function(torch.zeros(1, 3), ZERO, ONE, source_weight=0.5, unbiased=True)
 
 
 def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)], layout=torch.jagged)
-    with pytest.raises(ArgumentTypeError, match="^mixed_batch_norm: argument 'x': "):
+    with pytest.raises(ArgumentTypeError, match=r"^mixed_batch_norm: argument 'x': "):
         mixed_batch_norm(nested, ZERO, ONE, source_weight=0.5)
 
 
@@ -542,7 +551,7 @@ class TestAlphaBatchNorm:
         ],
     )
     def test_errors(self, options, error, argument):
-        with pytest.raises(error, match=f"^AlphaBatchNorm: argument '{argument}': "):
+        with pytest.raises(error, match=rf"^AlphaBatchNorm: argument '{argument}': "):
             AlphaBatchNorm(**{"num_features": 3, **options})
 
     def test_a_wrong_number_of_channels_is_an_error(self):

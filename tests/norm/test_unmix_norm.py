@@ -3,14 +3,15 @@ import io
 
 import pytest
 import torch
-from helpers import oracles
-from helpers.strategies import DTYPES, LAYOUTS, SHAPES, affine, computing, lay_out, make, roundoff, tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
 import shiftkern
 from shiftkern import ArgumentError, ArgumentTypeError
 from shiftkern.norm import UnMixTNS, channel_moments, unmix_norm
+
+from helpers import oracles
+from helpers.strategies import DTYPES, LAYOUTS, SHAPES, affine, computing, lay_out, make, roundoff, tensors
 
 
 def components(channels, k=4, dtype=torch.float32, seed=11):
@@ -95,7 +96,15 @@ def test_mean_of_a_million_times_the_spread(layout):
     torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("scale", [1e18, 1e-18])
+def test_means_shorter_than_1e_minus_12_count_as_zero():
+    # As in torch's normalize: the cosine of what is almost nothing is no direction.
+    mean, var = components(5, dtype=torch.float64)
+    y, p = unmix_norm(make((8, 5, 40)) * 1e-18, mean * 1e-18, var * 1e-36, eps=1e-44)
+    torch.testing.assert_close(p, torch.full((8, 4), 0.25).double())
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e-9])
 def test_extreme_scales(scale):
     x = (make((8, 5, 40), torch.float64) * scale).float()
     mean, var = components(5, dtype=torch.float64)
@@ -203,7 +212,7 @@ GOOD = {"x": X, "component_mean": torch.zeros(5, 3), "component_var": torch.ones
     ],
 )
 def test_errors(argument, value, error):
-    with pytest.raises(error, match=f"^unmix_norm: argument '{argument}': expected .*, got "):
+    with pytest.raises(error, match=rf"^unmix_norm: argument '{argument}': expected .*, got "):
         unmix_norm(**{**GOOD, argument: value})
 
 
@@ -332,11 +341,11 @@ class TestModule:
         ],
     )
     def test_errors(self, options, error, argument):
-        with pytest.raises(error, match=f"^UnMixTNS: argument '{argument}': "):
+        with pytest.raises(error, match=rf"^UnMixTNS: argument '{argument}': "):
             UnMixTNS(**{"num_features": 3, **options})
 
     def test_bad_input(self):
-        with pytest.raises(ArgumentError, match="^UnMixTNS: argument 'component_mean': "):
+        with pytest.raises(ArgumentError, match=r"^UnMixTNS: argument 'component_mean': "):
             UnMixTNS(3)(torch.zeros(2, 4))
-        with pytest.raises(ArgumentTypeError, match="^UnMixTNS: argument 'x': "):
+        with pytest.raises(ArgumentTypeError, match=r"^UnMixTNS: argument 'x': "):
             UnMixTNS(3)(None)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers.strategies import affine, lay_out, make
 from torch import nn
 
 from shiftkern import norm
+
+from helpers.strategies import affine, lay_out, make
 
 
 def _functions():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers.samples import PATHS, SAMPLES, detached, tensors_of
-from helpers.strategies import roundoff
 
 import shiftkern
 from shiftkern import _library
+
+from helpers.samples import PATHS, SAMPLES, detached, tensors_of
+from helpers.strategies import roundoff
 
 MUTATING = [name for name in _library.OPERATORS if "!" in str(getattr(torch.ops.shiftkern, name).default._schema)]
 
@@ -31,10 +32,18 @@ def test_meta_shapes_and_strides_are_the_real_ones(name):
     for arguments in SAMPLES[name]():
         arguments = detached(arguments)
         real = tensors_of(operator(name)(*detached(arguments)))
-        meta = tensors_of(operator(name)(*[
-            [t.to("meta") for t in a] if isinstance(a, list) else a.to("meta") if isinstance(a, torch.Tensor) else a
-            for a in arguments
-        ]))
+        meta = tensors_of(
+            operator(name)(
+                *[
+                    [t.to("meta") for t in a]
+                    if isinstance(a, list)
+                    else a.to("meta")
+                    if isinstance(a, torch.Tensor)
+                    else a
+                    for a in arguments
+                ]
+            )
+        )
         assert len(real) == len(meta)
         for r, m in zip(real, meta, strict=True):
             assert (r.shape, r.dtype) == (m.shape, m.dtype)
@@ -103,7 +112,7 @@ def test_autograd_notices_a_write(name):
 def test_a_gradient_through_a_write_is_refused(name):
     arguments = detached(SAMPLES[name]()[0])
     first = tensors_of(arguments)[-1 if name == "ema_update_" else 0].requires_grad_()
-    with pytest.raises(shiftkern.NotDifferentiableError, match=f"^{name}: "):
+    with pytest.raises(shiftkern.NotDifferentiableError, match=rf"^{name}: "):
         operator(name)(*arguments)
     before = first.detach().clone()
     with torch.no_grad():
@@ -128,7 +137,7 @@ def test_building_blocks_have_no_gradient(name):
     arguments = detached(SAMPLES[name]()[0])
     arguments[0].requires_grad_()
     result = tensors_of(operator(name)(*arguments))[-1]
-    with pytest.raises(shiftkern.NotDifferentiableError, match=f"^{name}: "):
+    with pytest.raises(shiftkern.NotDifferentiableError, match=rf"^{name}: "):
         result.sum().backward()
 
 

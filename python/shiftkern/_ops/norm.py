@@ -207,17 +207,16 @@ def _dot_fake(g: Tensor, x: Tensor, shift: Tensor, dim: int) -> tuple[Tensor, Te
 # --- channel_combine: g * factor + (x - shift) * scale + bias ---------------------------------------------------------
 
 
-def _combine_rust(
-    g: Tensor, x: Tensor, factor: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, dim: int
-) -> Tensor:
+def _combine_rust(g: Tensor, x: Tensor, factor: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, dim: int) -> Tensor:
     x = _dense(x, dim)
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
     g = _same_memory(g, x, dim)
-    coefficients = [c.contiguous() for c in (factor, shift, scale, bias)]
+    factor, shift, scale, bias = (c.contiguous() for c in (factor, shift, scale, bias))
     shape = _layout(x, dim, shift.dim() == 2)
-    _native.channel_combine(view(g), view(x), shape, *map(view, coefficients), view(out), threads())
+    coefficients = view(factor), view(shift), view(scale), view(bias)
+    _native.channel_combine(view(g), view(x), shape, *coefficients, view(out), threads())
     return out
 
 
@@ -230,9 +229,7 @@ def _combine_torch(
     return _same_memory(out, x, dim)
 
 
-def _combine_fake(
-    g: Tensor, x: Tensor, factor: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, dim: int
-) -> Tensor:
+def _combine_fake(g: Tensor, x: Tensor, factor: Tensor, shift: Tensor, scale: Tensor, bias: Tensor, dim: int) -> Tensor:
     return _like(x, dim)
 
 
@@ -411,9 +408,7 @@ def _mixed_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         grad_x = channel_affine(grad, zero, scale, zero, 1)
     elif ctx.needs_input_grad[0]:
         divisor = max(count - 1, 1) if ctx.unbiased else count
-        grad_x = channel_combine(
-            grad, x, scale, batch_mean, 2.0 * share / divisor * by_var, share / count * by_mean, 1
-        )
+        grad_x = channel_combine(grad, x, scale, batch_mean, 2.0 * share / divisor * by_var, share / count * by_mean, 1)
     source = torch.zeros_like(by_mean) if share == 1.0 else None
     small = (
         ctx.source_weight * by_mean if source is None else source,
@@ -702,12 +697,23 @@ style_shift = define(
 
 
 def _ema_rust(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: float) -> None:
-    dense = [t.contiguous() for t in tensors]
-    values = [v.contiguous() for v in values]
-    _native.ema_update([view(t) for t in dense], [view(v) for v in values], momentum, threads())
-    for tensor, updated in zip(tensors, dense, strict=True):
-        if updated is not tensor:
-            tensor.copy_(updated)
+    targets, sources, kept = [], [], []
+    for tensor, value in zip(tensors, values, strict=True):
+        dense, value = tensor.contiguous(), value.contiguous()
+        target, source = view(dense), view(value)
+        if 0 < abs(target[0] - source[0]) < target[1] * dense.element_size():
+            # A value that overlaps its target would change while it is read.
+            value = value.clone()
+            source = view(value)
+        if dense is not tensor:
+            # Written back at once, so that a tensor listed twice is updated twice.
+            _native.ema_update([target], [source], momentum, threads())
+            tensor.copy_(dense)
+            continue
+        targets.append(target)
+        sources.append(source)
+        kept.append(value)
+    _native.ema_update(targets, sources, momentum, threads())
 
 
 def _ema_torch(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: float) -> None:

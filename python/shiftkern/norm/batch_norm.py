@@ -221,11 +221,11 @@ class BatchNormReplacement(nn.Module):
             device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError, ValueError) as error:
             _checks.refuse(op, "device", "a device that torch knows", f"{device!r} ({error})")
-        shape, where = (num_features,), {"device": device, "dtype": dtype}
-        self.register_parameter("weight", nn.Parameter(torch.ones(shape, **where)) if affine else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(shape, **where)) if affine else None)
-        self.register_buffer("running_mean", torch.zeros(shape, **where))
-        self.register_buffer("running_var", torch.ones(shape, **where))
+        ones = torch.ones(num_features, device=device, dtype=dtype)
+        self.register_parameter("weight", nn.Parameter(ones.clone()) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros_like(ones)) if affine else None)
+        self.register_buffer("running_mean", torch.zeros_like(ones))
+        self.register_buffer("running_var", ones)
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
 
     @classmethod
@@ -405,6 +405,7 @@ class DecayBatchNorm(BatchNormReplacement):
             self.eps,
             False,
         )
+        y: Tensor
         y, batch_mean, batch_var = ops.mixed_batch_norm(x, *arguments)
         if x.numel() > 0:
             with torch.no_grad():

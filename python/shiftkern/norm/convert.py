@@ -112,8 +112,8 @@ def convert_norm(model: _Model, kind: str, **options: Any) -> nn.Module:
     cls = _KINDS[_checks.one_of(op, "kind", kind, _KINDS)]
     accepted = {
         name
-        for base in cls.__mro__[:2]
-        for name, p in inspect.signature(base.__init__).parameters.items()
+        for signature in (inspect.signature(cls), inspect.signature(BatchNormReplacement))
+        for name, p in signature.parameters.items()
         if p.kind is p.KEYWORD_ONLY
     } - {"affine", "device", "dtype"}
     for name in options:
@@ -127,12 +127,20 @@ def convert_norm(model: _Model, kind: str, **options: Any) -> nn.Module:
     layers: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, BatchNormReplacement):
-            _checks.refuse(op, "model", "a model that is not converted; call revert_norm first",
-                           f"a {type(module).__name__} at '{name}'")
+            _checks.refuse(
+                op,
+                "model",
+                "a model that is not converted; call revert_norm first",
+                f"a {type(module).__name__} at '{name}'",
+            )
         if isinstance(module, _BatchNorm):
             if module.running_mean is None:
-                _checks.refuse(op, "model", "batch normalizations with running statistics",
-                               f"'{name}' with track_running_stats=False")
+                _checks.refuse(
+                    op,
+                    "model",
+                    "batch normalizations with running statistics",
+                    f"'{name}' with track_running_stats=False",
+                )
             layers[module] = name
     if not layers:
         _checks.refuse(op, "model", "at least one batch normalization layer", f"none in {type(model).__name__}")
@@ -166,6 +174,16 @@ def revert_norm(model: _Model) -> nn.Module:
         Nothing in the model was made by :func:`convert_norm`.
     ArgumentTypeError
         ``model`` is no module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from shiftkern.norm import convert_norm, revert_norm
+    >>> model = convert_norm(nn.Sequential(nn.BatchNorm1d(3)), "decay")
+    >>> _ = model(torch.randn(8, 3))
+    >>> revert_norm(model)[0].running_mean.tolist()
+    [0.0, 0.0, 0.0]
     """
     op = "revert_norm"
     _check_model(op, model)

@@ -57,10 +57,23 @@ def ema_update_(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: f
     if len(tensors) != len(values):
         _checks.refuse(op, "values", f"{len(tensors)} tensors, as many as in 'tensors'", len(values))
     for i, (tensor, value) in enumerate(zip(tensors, values, strict=True)):
-        _checks.tensor(op, f"tensors[{i}]", tensor)
-        _checks.tensor(op, f"values[{i}]", value, shape=tensor.shape, dtypes=(tensor.dtype,), device=tensor.device)
-        _checks.writable(op, f"tensors[{i}]", tensor)
+        # The common case in one expression: a deep model has hundreds of layers.
+        if not (
+            isinstance(tensor, Tensor)
+            and isinstance(value, Tensor)
+            and tensor.dtype is value.dtype
+            and tensor.dtype in _checks.FLOATS
+            and tensor.shape == value.shape
+            and tensor.device == value.device
+            and tensor.is_contiguous()
+        ):
+            _checks.tensor(op, f"tensors[{i}]", tensor)
+            _checks.tensor(op, f"values[{i}]", value, shape=tensor.shape, dtypes=(tensor.dtype,), device=tensor.device)
+            _checks.writable(op, f"tensors[{i}]", tensor)
     devices = {t.device for t in tensors}
+    if len(devices) == 1:
+        ops.ema_update_(tensors, values, momentum)
+        return
     # One operator call runs on one device; a model spread over several is updated part by part.
     for device in devices:
         pairs = [(t, v) for t, v in zip(tensors, values, strict=True) if t.device == device]

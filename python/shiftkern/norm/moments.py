@@ -40,6 +40,16 @@ class Moments:
     mean: Tensor
     m2: Tensor
 
+    def __post_init__(self) -> None:
+        """Check what was given by hand; a plain number is a fine count."""
+        _checks.tensor("Moments", "mean", self.mean)
+        _checks.tensor("Moments", "m2", self.m2, shape=self.mean.shape, device=self.mean.device)
+        if not isinstance(self.count, Tensor):
+            count = torch.tensor(_checks.non_negative("Moments", "count", self.count), dtype=torch.float64)
+            object.__setattr__(self, "count", count.to(self.mean.device))
+        elif not self.count.is_floating_point():
+            object.__setattr__(self, "count", self.count.to(torch.float64))
+
     def var(self, unbiased: bool = False) -> Tensor:
         """Return the variance, float64, in the shape of ``mean``.
 
@@ -56,14 +66,16 @@ class Moments:
         if not _checks.flag("Moments.var", "unbiased", unbiased):
             return self.m2 / self.count.clamp(min=1.0)
         if bool((self.count < 2).any()):
-            _checks.refuse("Moments.var", "unbiased", "False, or at least 2 elements per statistic",
-                           f"True with as few as {int(self.count.min())}")
+            _checks.refuse(
+                "Moments.var",
+                "unbiased",
+                "False, or at least 2 elements per statistic",
+                f"True with as few as {int(self.count.min())}",
+            )
         return self.m2 / (self.count - 1.0)
 
 
-def channel_moments(
-    x: Tensor, *, dim: int = 1, mask: Tensor | None = None, per_instance: bool = False
-) -> Moments:
+def channel_moments(x: Tensor, *, dim: int = 1, mask: Tensor | None = None, per_instance: bool = False) -> Moments:
     """Measure count, mean and M2 of every channel in one pass over memory.
 
     Parameters
@@ -127,7 +139,6 @@ def _check_moments(op: str, name: str, m: object) -> Moments:
     if not isinstance(m, Moments):
         _checks.refuse_type(op, name, "shiftkern.norm.Moments", _checks.describe(m))
     mean = _checks.tensor(op, f"{name}.mean", m.mean, min_dim=1)
-    _checks.tensor(op, f"{name}.m2", m.m2, shape=mean.shape, device=mean.device)
     count = _checks.tensor(op, f"{name}.count", m.count, device=mean.device)
     if count.shape not in ((), (*mean.shape[:-1], 1)):
         _checks.refuse(op, f"{name}.count", f"shape () or {(*mean.shape[:-1], 1)}", f"shape {tuple(count.shape)}")

@@ -108,9 +108,7 @@ def unmix_norm(
     >>> y.shape, p.sum(1).tolist()
     (torch.Size([2, 3, 4, 4]), [1.0, 1.0])
     """
-    arguments = _arguments(
-        "unmix_norm", x, component_mean, component_var, weight, bias, temperature, eps, cross_term
-    )
+    arguments = _arguments("unmix_norm", x, component_mean, component_var, weight, bias, temperature, eps, cross_term)
     y, p, *_ = ops.unmix_norm(x, *arguments)
     return y, p
 
@@ -174,26 +172,23 @@ class UnMixTNS(BatchNormReplacement):
         self.num_components = _checks.positive_int(op, "num_components", num_components)
         self.temperature = _checks.positive(op, "temperature", temperature)
         self.cross_term = _checks.flag(op, "cross_term", cross_term)
-        if isinstance(seed, torch.Generator):
-            self._generator = seed
-        else:
-            self._generator = torch.Generator().manual_seed(_checks.seed(op, "seed", seed))
+        if not isinstance(seed, torch.Generator):
+            seed = torch.Generator().manual_seed(_checks.seed(op, "seed", seed))
+        shape = (self.num_components, self.num_features)
+        # The draw itself is kept: a generator in a module could neither be copied nor saved.
+        self._noise = torch.randn(shape, generator=seed, dtype=torch.float64, device=seed.device)
         for name in ("component_mean", "component_var"):
-            self.register_buffer(name, self.running_mean.new_empty((num_components, num_features)))
-        # An own draw for modules made directly; from_batch_norm draws when the source statistics are in place.
-        self._state = self._generator.get_state()
+            self.register_buffer(name, self.running_mean.new_empty(shape))
         self.start()
 
     def start(self) -> None:
-        """Draw the components around the source statistics, from the module's seed."""
-        self._generator.set_state(self._state)
+        """Put the components around the source statistics, by the module's own draw."""
         k = self.num_components
-        shape = (k, self.num_features)
-        noise = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(self.running_mean.device)
         mean, var = self.running_mean.double(), self.running_var.double()
         spread = 0.0 if k == 1 else 0.5
-        self.component_mean.copy_(mean + noise * (math.sqrt(spread * k / max(k - 1, 1)) * var.sqrt()))
-        self.component_var.copy_(((1.0 - spread) * var).expand(shape))
+        noise = self._noise.to(mean.device) * (math.sqrt(spread * k / max(k - 1, 1)) * var.sqrt())
+        self.component_mean.copy_(mean + noise)
+        self.component_var.copy_(((1.0 - spread) * var).expand_as(noise))
 
     reset = start
 
@@ -210,6 +205,7 @@ class UnMixTNS(BatchNormReplacement):
             self.eps,
             self.cross_term,
         )
+        y: Tensor
         y, p, instance_mean, instance_var, *_ = ops.unmix_norm(x, *arguments)
         if x.numel() > 0:
             with torch.no_grad():

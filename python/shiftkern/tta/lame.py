@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
+from shiftkern._crossing import from_numpy
 from shiftkern._ops import tta as ops
 from shiftkern.errors import ConvergenceWarning
 
@@ -153,7 +154,7 @@ def lame(
     if is_numpy:
         if not isinstance(features, np.ndarray):
             _checks.refuse_type(op, "features", "a numpy.ndarray, as 'probs' is one", _checks.describe(features))
-        probs, features = (_from_numpy(op, n, a) for n, a in (("probs", probs), ("features", features)))
+        probs, features = (from_numpy(op, n, a) for n, a in (("probs", probs), ("features", features)))
     _checks.tensor(op, "probs", probs, min_dim=2)
     _checks.tensor(op, "features", features, min_dim=2, device=probs.device)
     if probs.dim() != 2:
@@ -179,10 +180,3 @@ def lame(
     if not _checks.flag(op, "return_info", return_info):
         return result
     return LameResult(result, energy[: iterations + 1], iterations, bool(converged))
-
-
-def _from_numpy(op: str, name: str, array: np.ndarray[Any, Any]) -> Tensor:
-    if array.dtype not in (np.float32, np.float64, np.float16):
-        _checks.refuse_type(op, name, "an array of dtype float16, float32 or float64", f"dtype {array.dtype}")
-    # Negative strides and foreign byte orders are beyond torch; such arrays are copied.
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))

@@ -10,6 +10,7 @@ mod pool;
 pub use io::{Block, Io};
 
 use crate::KernelError;
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,11 @@ use std::time::{Duration, Instant};
 const SERIAL_BELOW_NS: f64 = 100_000.0;
 /// How often a long call asks whether it should stop.
 const INTERRUPT_EVERY: Duration = Duration::from_millis(20);
+
+thread_local! {
+    /// When this thread last asked. It outlives the single loop: many short loops make a long call, too.
+    static ASKED: Cell<Instant> = Cell::new(Instant::now());
+}
 
 /// How a kernel may run: on how many threads, and whom to ask whether to stop.
 #[derive(Clone, Copy)]
@@ -62,16 +68,15 @@ pub fn for_each_block(
         (block < blocks).then_some(block)
     };
     let lead = || {
-        let mut asked = Instant::now();
         while let Some(block) = take() {
             body(block);
             if let Some(interrupted) = par.interrupted
-                && asked.elapsed() >= INTERRUPT_EVERY
+                && ASKED.get().elapsed() >= INTERRUPT_EVERY
             {
                 if interrupted() {
                     stop.store(true, Ordering::Relaxed);
                 }
-                asked = Instant::now();
+                ASKED.set(Instant::now());
             }
         }
     };
@@ -104,7 +109,6 @@ pub fn for_each_chunk<T: Send>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::Cell;
 
     #[test]
     fn every_block_runs_once_at_any_width() {

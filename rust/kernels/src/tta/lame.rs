@@ -210,6 +210,20 @@ fn rbf<R: Real>(rows: &UnitRows<R>, lengths: &[R], k: usize, par: Par<'_>) -> Re
     Ok(squares)
 }
 
+/// Rows of `Y` per block of a matrix product.
+const CACHED_ROWS: usize = 32;
+
+/// `pull += sum_j w_j y_j`, in order of `j`.
+#[inline(always)]
+fn add_products<'y, R: Real, const FMA: bool>(pull: &mut [f64], w: &[R], y: impl Iterator<Item = &'y [f64]>) {
+    for (&w, y) in w.iter().zip(y) {
+        let w = w.to_f64();
+        for (pull, &y) in pull.iter_mut().zip(y) {
+            *pull = w.mul_add_if::<FMA>(y, *pull);
+        }
+    }
+}
+
 /// One block's share of an update.
 struct Update<'a, R> {
     first: usize,
@@ -239,36 +253,39 @@ impl<R: Real> Vectorized for Update<'_, R> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         let Self { first, matrix, projected, log_p, y, entropy, classes, weight, next } = self;
-        for (i, row) in (first..).zip(next) {
-            let pull = &mut row.y;
-            pull.clear();
-            pull.resize(classes, 0.0);
-            match matrix {
-                Matrix::Neighbours(index, k) => {
+        for row in &mut *next {
+            row.y.clear();
+            row.y.resize(classes, 0.0);
+        }
+        match matrix {
+            Matrix::Neighbours(index, k) => {
+                for (i, row) in (first..).zip(&mut *next) {
                     for &j in &index[i * k..][..*k] {
-                        for (pull, &y) in pull.iter_mut().zip(&y[j as usize * classes..][..classes]) {
+                        for (pull, &y) in row.y.iter_mut().zip(&y[j as usize * classes..][..classes]) {
                             *pull += y;
                         }
                     }
                 }
-                Matrix::Dense(w) => {
-                    let n = y.len() / classes;
-                    for (&w, y) in w[i * n..][..n].iter().zip(y.chunks_exact(classes)) {
-                        let w = w.to_f64();
-                        for (pull, &y) in pull.iter_mut().zip(y) {
-                            *pull = w.mul_add_if::<FMA>(y, *pull);
-                        }
-                    }
-                }
-                Matrix::Factor(rows) => {
-                    for (&x, projected) in rows.row(i).iter().zip(projected.chunks_exact(classes)) {
-                        let x = x.to_f64();
-                        for (pull, &p) in pull.iter_mut().zip(projected) {
-                            *pull = x.mul_add_if::<FMA>(p, *pull);
-                        }
+            }
+            Matrix::Dense(w) => {
+                let n = y.len() / classes;
+                // Some rows of Y at a time, small enough to stay in the first-level cache for all rows of the block.
+                for start in (0..n).step_by(CACHED_ROWS) {
+                    let end = (start + CACHED_ROWS).min(n);
+                    for (i, row) in (first..).zip(&mut *next) {
+                        let y = y[start * classes..end * classes].chunks_exact(classes);
+                        add_products::<R, FMA>(&mut row.y, &w[i * n + start..i * n + end], y);
                     }
                 }
             }
+            Matrix::Factor(rows) => {
+                for (i, row) in (first..).zip(&mut *next) {
+                    add_products::<R, FMA>(&mut row.y, rows.row(i), projected.chunks_exact(classes));
+                }
+            }
+        }
+        for (i, row) in (first..).zip(next) {
+            let pull = &mut row.y;
             let (y, log_p) = (&y[i * classes..][..classes], &log_p[i * classes..][..classes]);
             let mut energy = entropy[i];
             for ((pull, &y), &log_p) in pull.iter_mut().zip(y).zip(log_p) {
