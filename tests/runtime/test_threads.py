@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import shiftkern
-from shiftkern import ArgumentError, ArgumentTypeError
+from shiftkern import ArgumentError, ArgumentTypeError, _runtime
 from shiftkern.norm import channel_moments, mixed_batch_norm
 
 from helpers.process import output, run
@@ -59,6 +59,13 @@ def test_environment_variable(text, threads):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "99999999999999999999"])
+def test_bad_environment_variables(text, monkeypatch):
+    monkeypatch.setenv("SHIFTKERN_NUM_THREADS", text)
+    with pytest.raises(ArgumentError, match=r"^import shiftkern: argument 'SHIFTKERN_NUM_THREADS': expected "):
+        _runtime._from_environment()
+
+
+@pytest.mark.parametrize("text", ["two"])
 def test_a_bad_environment_variable_is_named(text):
     done = run("import shiftkern", SHIFTKERN_NUM_THREADS=text)
     assert done.returncode == 1

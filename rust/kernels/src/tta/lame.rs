@@ -42,6 +42,10 @@ pub struct LameReport {
 
 /// Instances per block of work.
 const ROWS: usize = 32;
+/// Candidates that are compared with the worst of the best at once.
+const GROUP: usize = 32;
+/// Classes are padded with zeros to a multiple of one vector register.
+const LANES: usize = 8;
 
 /// The affinity matrix, in the form that multiplies fastest.
 enum Matrix<R> {
@@ -58,7 +62,7 @@ enum Matrix<R> {
 /// `probs` and `out` are `(n, classes)`, `features` is `(n, width)`. The energy
 /// `-<Y, log P> - weight / 2 <Y, W Y> + <Y, log Y>` falls monotonically for positive semi-definite `W`. Probabilities
 /// are `f64` throughout; inner products of features have the accumulation type's precision.
-pub fn lame<T: Element>(
+pub fn lame<T: Element<Acc: Transcendental>>(
     probs: &[f64],
     features: &[T],
     n: usize,
@@ -128,7 +132,6 @@ impl<R: Real> Vectorized for Select<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        const GROUP: usize = 32;
         let Self { products, lengths, own, index } = self;
         // Squared distances but for the row's own length, which does not change the order.
         let two = R::from_f64(2.0);
@@ -166,7 +169,7 @@ impl<R: Real> Vectorized for Select<'_, R> {
     }
 }
 
-fn rbf<R: Real>(rows: &UnitRows<R>, lengths: &[R], k: usize, par: Par<'_>) -> Result<Vec<R>, KernelError> {
+fn rbf<R: Transcendental>(rows: &UnitRows<R>, lengths: &[R], k: usize, par: Par<'_>) -> Result<Vec<R>, KernelError> {
     let n = lengths.len();
     let mut squares = vec![R::default(); n * n];
     let cost = (n * n) as f64 * (rows.width() as f64 / 60.0 + 1.0);
@@ -183,43 +186,108 @@ fn rbf<R: Real>(rows: &UnitRows<R>, lengths: &[R], k: usize, par: Par<'_>) -> Re
         }
     })?;
     let mut kth = vec![0.0_f64; n];
-    for_each_chunk(par, &mut kth, ROWS, (n * n) as f64 * 3.0, |block, kth| {
+    for_each_chunk(par, &mut kth, ROWS, (n * n) as f64, |block, kth| {
         for (i, kth) in kth.iter_mut().enumerate() {
-            let mut row = squares[(block * ROWS + i) * n..][..n].to_vec();
-            let (_, value, _) = row.select_nth_unstable_by(k.max(1) - 1, |a, b| a.to_f64().total_cmp(&b.to_f64()));
-            *kth = value.to_f64().sqrt();
+            let row = &squares[(block * ROWS + i) * n..][..n];
+            *kth = dispatch(Smallest { row, k }).to_f64().sqrt();
         }
     })?;
     let sigma = kth.iter().sum::<f64>() / n as f64;
     // All points in one place: every distance is 0 and every affinity 1.
-    let factor = if sigma > 0.0 { -0.5 / (sigma * sigma) } else { 0.0 };
-    let cost = (n * n) as f64 * 3.0;
+    let factor = R::from_f64(if sigma > 0.0 { -0.5 / (sigma * sigma) } else { 0.0 });
+    let cost = (n * n) as f64;
     for_each_chunk(par, &mut squares, ROWS * n, cost, |_, squares| {
-        let mut wide = [0.0_f64; 1024];
-        for part in squares.chunks_mut(wide.len()) {
-            let wide = &mut wide[..part.len()];
-            for (w, s) in wide.iter_mut().zip(&*part) {
-                *w = s.to_f64() * factor;
-            }
-            crate::simd::exp(wide);
-            for (s, w) in part.iter_mut().zip(&*wide) {
-                *s = R::from_f64(*w);
-            }
+        for s in &mut *squares {
+            *s = *s * factor;
         }
+        crate::simd::exp(squares);
     })?;
     Ok(squares)
 }
 
-/// Rows of `Y` per block of a matrix product.
+/// The `k`-th smallest element of a row; `k` is at least 1 and at most the row's length.
+struct Smallest<'a, R> {
+    row: &'a [R],
+    k: usize,
+}
+
+impl<R: Real> Vectorized for Smallest<'_, R> {
+    type Output = R;
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> R {
+        let Self { row, k } = self;
+        let (first, rest) = row.split_at(k);
+        let mut best = first.to_vec();
+        best.sort_unstable_by(|a, b| a.to_f64().total_cmp(&b.to_f64()));
+        for group in rest.chunks(GROUP) {
+            let limit = best[k - 1];
+            let mut any = false;
+            for &v in group {
+                any |= v < limit;
+            }
+            if !any {
+                continue;
+            }
+            for &v in group {
+                if v < best[k - 1] {
+                    let position = best.partition_point(|&other| other <= v);
+                    best.insert(position, v);
+                    best.pop();
+                }
+            }
+        }
+        best[k - 1]
+    }
+}
+
+/// Rows of `Y` per block of a matrix product: they stay in the first-level cache.
 const CACHED_ROWS: usize = 32;
 
-/// `pull += sum_j w_j y_j`, in order of `j`.
+/// `rows += W Y` with `weights(i)` the i-th row of `W`; each sum is in order of the rows of `Y`.
 #[inline(always)]
-fn add_products<'y, R: Real, const FMA: bool>(pull: &mut [f64], w: &[R], y: impl Iterator<Item = &'y [f64]>) {
-    for (&w, y) in w.iter().zip(y) {
-        let w = w.to_f64();
-        for (pull, &y) in pull.iter_mut().zip(y) {
-            *pull = w.mul_add_if::<FMA>(y, *pull);
+fn add_products<'w, R: Real, const FMA: bool>(
+    rows: &mut [Row],
+    weights: impl Fn(usize) -> &'w [R],
+    y: &[f64],
+    padded: usize,
+) {
+    const TILE: usize = 4;
+    let (n, groups) = (y.len() / padded, padded / LANES);
+    let y = y.as_chunks::<LANES>().0;
+    for start in (0..n).step_by(CACHED_ROWS) {
+        let end = (start + CACHED_ROWS).min(n);
+        for (t, tile) in rows.chunks_mut(TILE).enumerate() {
+            let used = tile.len();
+            // A short last tile repeats its last row; the surplus results are not stored.
+            let w: [&[R]; TILE] = std::array::from_fn(|r| &weights(t * TILE + r.min(used - 1))[start..end]);
+            let w = w.map(|w| &w[..end - start]);
+            for c in 0..groups {
+                let mut acc = [[0.0; LANES]; TILE];
+                for (acc, row) in acc.iter_mut().zip(&*tile) {
+                    *acc = row.y.as_chunks().0[c];
+                }
+                for (j, y) in y[start * groups..end * groups].iter().skip(c).step_by(groups).enumerate() {
+                    for r in 0..TILE {
+                        let w = w[r][j].to_f64();
+                        for lane in 0..LANES {
+                            acc[r][lane] = w.mul_add_if::<FMA>(y[lane], acc[r][lane]);
+                        }
+                    }
+                }
+                for (acc, row) in acc.iter().zip(&mut *tile) {
+                    row.y.as_chunks_mut().0[c] = *acc;
+                }
+            }
+        }
+    }
+}
+
+/// `target += factor * source`, both padded.
+#[inline(always)]
+fn add_scaled<const FMA: bool>(target: &mut [f64], factor: f64, source: &[f64]) {
+    for (target, source) in target.as_chunks_mut::<LANES>().0.iter_mut().zip(source.as_chunks::<LANES>().0) {
+        for lane in 0..LANES {
+            target[lane] = factor.mul_add_if::<FMA>(source[lane], target[lane]);
         }
     }
 }
@@ -228,9 +296,10 @@ fn add_products<'y, R: Real, const FMA: bool>(pull: &mut [f64], w: &[R], y: impl
 struct Update<'a, R> {
     first: usize,
     matrix: &'a Matrix<R>,
-    /// `X^T Y` for the factored matrix.
+    /// `X^T Y` for the factored matrix, padded as `y`.
     projected: &'a [f64],
     log_p: &'a [f64],
+    /// All rows of `Y`, padded.
     y: &'a [f64],
     entropy: &'a [f64],
     classes: usize,
@@ -241,6 +310,7 @@ struct Update<'a, R> {
 /// One instance's next probabilities.
 #[derive(Clone, Default)]
 struct Row {
+    /// Padded with zeros.
     y: Vec<f64>,
     /// `sum y log y` of the new row.
     entropy: f64,
@@ -253,40 +323,28 @@ impl<R: Real> Vectorized for Update<'_, R> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         let Self { first, matrix, projected, log_p, y, entropy, classes, weight, next } = self;
+        let padded = classes.next_multiple_of(LANES);
         for row in &mut *next {
             row.y.clear();
-            row.y.resize(classes, 0.0);
+            row.y.resize(padded, 0.0);
         }
         match matrix {
             Matrix::Neighbours(index, k) => {
                 for (i, row) in (first..).zip(&mut *next) {
                     for &j in &index[i * k..][..*k] {
-                        for (pull, &y) in row.y.iter_mut().zip(&y[j as usize * classes..][..classes]) {
-                            *pull += y;
-                        }
+                        add_scaled::<FMA>(&mut row.y, 1.0, &y[j as usize * padded..][..padded]);
                     }
                 }
             }
             Matrix::Dense(w) => {
-                let n = y.len() / classes;
-                // Some rows of Y at a time, small enough to stay in the first-level cache for all rows of the block.
-                for start in (0..n).step_by(CACHED_ROWS) {
-                    let end = (start + CACHED_ROWS).min(n);
-                    for (i, row) in (first..).zip(&mut *next) {
-                        let y = y[start * classes..end * classes].chunks_exact(classes);
-                        add_products::<R, FMA>(&mut row.y, &w[i * n + start..i * n + end], y);
-                    }
-                }
+                let n = y.len() / padded;
+                add_products::<R, FMA>(next, |i| &w[(first + i) * n..][..n], y, padded);
             }
-            Matrix::Factor(rows) => {
-                for (i, row) in (first..).zip(&mut *next) {
-                    add_products::<R, FMA>(&mut row.y, rows.row(i), projected.chunks_exact(classes));
-                }
-            }
+            Matrix::Factor(rows) => add_products::<R, FMA>(next, |i| rows.row(first + i), projected, padded),
         }
         for (i, row) in (first..).zip(next) {
-            let pull = &mut row.y;
-            let (y, log_p) = (&y[i * classes..][..classes], &log_p[i * classes..][..classes]);
+            let pull = &mut row.y[..classes];
+            let (y, log_p) = (&y[i * padded..][..classes], &log_p[i * classes..][..classes]);
             let mut energy = entropy[i];
             for ((pull, &y), &log_p) in pull.iter_mut().zip(y).zip(log_p) {
                 let pairwise = weight * *pull;
@@ -323,13 +381,18 @@ fn solve<R: Real>(
     n: usize,
     classes: usize,
     params: &LameParams,
-    y: &mut [f64],
+    out: &mut [f64],
     par: Par<'_>,
 ) -> Result<LameReport, KernelError> {
+    let padded = classes.next_multiple_of(LANES);
     let mut log_p: Vec<f64> = probs.iter().map(|p| p + 1e-10).collect();
     crate::simd::log(&mut log_p);
-    y.copy_from_slice(&log_p);
-    let mut entropy: Vec<f64> = y.chunks_mut(classes).map(softmax_with_entropy::<false>).collect();
+    let mut y = vec![0.0; n * padded];
+    let mut entropy = vec![0.0; n];
+    for ((y, entropy), log_p) in y.chunks_mut(padded).zip(&mut entropy).zip(log_p.chunks(classes)) {
+        y[..classes].copy_from_slice(log_p);
+        *entropy = softmax_with_entropy::<false>(&mut y[..classes]);
+    }
     let mut rows = vec![Row::default(); n];
     let mut report = LameReport { energy: Vec::new(), converged: false };
     let per_row = match matrix {
@@ -340,12 +403,12 @@ fn solve<R: Real>(
     let cost = (n * classes) as f64 * (per_row as f64 * 0.5 + 8.0);
     loop {
         let projected = match matrix {
-            Matrix::Factor(rows) => project(rows, y, classes, par)?,
+            Matrix::Factor(rows) => project(rows, &y, padded, par)?,
             _ => Vec::new(),
         };
         for_each_chunk(par, &mut rows, ROWS, cost, |block, next| {
             let first = block * ROWS;
-            let (y, entropy, weight) = (&*y, &entropy[..], params.weight);
+            let (y, entropy, weight) = (&y[..], &entropy[..], params.weight);
             dispatch(Update { first, matrix, projected: &projected, log_p: &log_p, y, entropy, classes, weight, next });
         })?;
         let energy: f64 = rows.iter().map(|row| row.energy).sum();
@@ -353,46 +416,46 @@ fn solve<R: Real>(
         report.energy.push(energy);
         if settled || report.energy.len() > params.max_iter {
             report.converged = settled;
+            for (out, y) in out.chunks_mut(classes).zip(y.chunks(padded)) {
+                out.copy_from_slice(&y[..classes]);
+            }
             return Ok(report);
         }
-        for ((y, entropy), row) in y.chunks_mut(classes).zip(&mut entropy).zip(&rows) {
+        for ((y, entropy), row) in y.chunks_mut(padded).zip(&mut entropy).zip(&rows) {
             y.copy_from_slice(&row.y);
             *entropy = row.entropy;
         }
     }
 }
 
-/// `X^T Y`, `(width, classes)`: partial sums over fixed blocks of rows, added in order.
-fn project<R: Real>(rows: &UnitRows<R>, y: &[f64], classes: usize, par: Par<'_>) -> Result<Vec<f64>, KernelError> {
+/// `X^T Y`, `(width, padded)`: partial sums over fixed blocks of rows, added in order.
+fn project<R: Real>(rows: &UnitRows<R>, y: &[f64], padded: usize, par: Par<'_>) -> Result<Vec<f64>, KernelError> {
     struct Part<'a, R> {
         rows: &'a UnitRows<R>,
         first: usize,
         y: &'a [f64],
-        classes: usize,
+        padded: usize,
         out: &'a mut [f64],
     }
     impl<R: Real> Vectorized for Part<'_, R> {
         type Output = ();
         #[inline(always)]
         fn run<const FMA: bool>(self) {
-            for (i, y) in (self.first..).zip(self.y.chunks_exact(self.classes)) {
-                for (&x, out) in self.rows.row(i).iter().zip(self.out.chunks_exact_mut(self.classes)) {
-                    let x = x.to_f64();
-                    for (out, &y) in out.iter_mut().zip(y) {
-                        *out = x.mul_add_if::<FMA>(y, *out);
-                    }
+            for (i, y) in (self.first..).zip(self.y.chunks_exact(self.padded)) {
+                for (&x, out) in self.rows.row(i).iter().zip(self.out.chunks_exact_mut(self.padded)) {
+                    add_scaled::<FMA>(out, x.to_f64(), y);
                 }
             }
         }
     }
     const BLOCK: usize = 256;
-    let size = rows.width() * classes;
-    let blocks = (y.len() / classes).div_ceil(BLOCK);
+    let size = rows.width() * padded;
+    let blocks = (y.len() / padded).div_ceil(BLOCK);
     let mut parts = vec![0.0; blocks * size];
     for_each_chunk(par, &mut parts, size.max(1), (y.len() * rows.width()) as f64 * 0.5, |block, out| {
         let first = block * BLOCK;
-        let y = &y[first * classes..y.len().min((first + BLOCK) * classes)];
-        dispatch(Part { rows, first, y, classes, out });
+        let y = &y[first * padded..y.len().min((first + BLOCK) * padded)];
+        dispatch(Part { rows, first, y, padded, out });
     })?;
     let mut total = vec![0.0; size];
     for part in parts.chunks(size.max(1)) {
