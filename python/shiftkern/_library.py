@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from shiftkern.errors import NotDifferentiableError
 
@@ -30,7 +32,7 @@ def define(
     torch_ops: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
+    setup_context: Callable[..., None] = lambda ctx, inputs, output: None,
     mutates: tuple[int, ...] = (),
 ) -> Any:
     """Register one operator and return it.
@@ -49,15 +51,17 @@ def define(
     name = schema.partition("(")[0]
     qualified = f"shiftkern::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _noting_writes(rust, mutates) if mutates else rust, "CPU")
-    _LIBRARY.impl(name, torch_ops, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _refusing_tangents(name, _noting_writes(rust, mutates) if mutates else rust), "CPU")
+    _LIBRARY.impl(name, _refusing_tangents(name, torch_ops), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if mutates:
         _LIBRARY.impl(name, _refusing_gradients(name), "Autograd", with_keyset=True)
     else:
-        torch.library.register_autograd(
-            qualified, backward or _refusal(name), setup_context=setup_context, lib=_LIBRARY
-        )
+        if backward is None:
+            torch.library.register_autograd(qualified, _refusal(name), lib=_LIBRARY)
+        else:
+            formula, context = _first_order_only(name, backward), _noting_inputs(setup_context)
+            torch.library.register_autograd(qualified, formula, setup_context=context, lib=_LIBRARY)
     OPERATORS.append(name)
     return getattr(torch.ops.shiftkern, name).default
 
@@ -67,6 +71,60 @@ def _refusal(name: str) -> Callable[..., Any]:
         raise NotDifferentiableError(f"{name}: this operator has no gradient; call it under torch.no_grad()")
 
     return backward
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on the first ``count`` tensors; the gradient by any of its inputs raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotDifferentiableError(f"{ctx.name}: gradients of this operator are first-order only")
+
+
+def _noting_inputs(setup_context: Callable[..., None]) -> Callable[..., None]:
+    """Keep the differentiable inputs at hand, for :func:`_first_order_only`."""
+
+    def wrapped(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.differentiable = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        setup_context(ctx, inputs, output)
+
+    return wrapped
+
+
+def _first_order_only(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a second derivative raise; without this its terms would be missing silently."""
+
+    def wrapped(ctx: Any, *gradients: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return results
+        # create_graph=True: the results depend on these tensors in a way that cannot be differentiated.
+        found = [i for i, r in enumerate(results) if r is not None]
+        sources = [*ctx.differentiable, *(g for g in gradients if g is not None)]
+        tied = _NoSecondDerivative.apply(name, len(found), *(results[i] for i in found), *sources)
+        return tuple(tied[found.index(i)] if i in found else None for i in range(len(results)))
+
+    return wrapped
+
+
+def _refusing_tangents(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse forward-mode derivatives, which would vanish silently."""
+
+    def wrapped(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for argument in args:
+                for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                    if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+                        raise NotDifferentiableError(f"{name}: this operator has no forward-mode derivative")
+        return implementation(*args)
+
+    return wrapped
 
 
 def _noting_writes(implementation: Callable[..., Any], mutates: tuple[int, ...]) -> Callable[..., Any]:

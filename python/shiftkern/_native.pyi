@@ -2,6 +2,20 @@
 
 from shiftkern._crossing import View
 
+__all__ = [
+    "build_info",
+    "channel_affine",
+    "channel_combine",
+    "channel_dot",
+    "channel_moments",
+    "ema_update",
+    "lame",
+    "mixed_batch_norm",
+    "style_shift",
+    "unmix_norm",
+    "unmix_update",
+]
+
 _Layout = tuple[int, int, int, int]
 
 def build_info() -> dict[str, str]: ...

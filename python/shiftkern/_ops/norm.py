@@ -701,8 +701,8 @@ def _ema_rust(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: flo
     for tensor, value in zip(tensors, values, strict=True):
         dense, value = tensor.contiguous(), value.contiguous()
         target, source = view(dense), view(value)
-        if 0 < abs(target[0] - source[0]) < target[1] * dense.element_size():
-            # A value that overlaps its target would change while it is read.
+        if abs(target[0] - source[0]) < target[1] * dense.element_size():
+            # A value that shares memory with its target would change while it is read.
             value = value.clone()
             source = view(value)
         if dense is not tensor:

@@ -94,7 +94,8 @@ def unmix_norm(
 
     Notes
     -----
-    O(numel + B K C) time, O(B (K + C)) extra memory: no ``(B, K, C)`` array is made.
+    O(numel + B K C) time, O(B (K + C)) extra memory: no ``(B, K, C)`` array is made. Means shorter than 1e-12 have
+    cosine 0 with everything, as in ``torch.nn.functional.normalize``.
 
     References
     ----------

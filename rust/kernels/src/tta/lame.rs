@@ -82,7 +82,7 @@ pub fn lame<T: Element<Acc: Transcendental>>(
         return Err(KernelError::argument(OP, "probs", "finite probabilities >= 0", p.to_string()));
     }
     let rows = UnitRows::new(features, n, width, par)?;
-    let lengths = squared_lengths(&rows, n);
+    let lengths = rows.squared_lengths();
     if let Some(i) = lengths.iter().position(|length| !length.to_f64().is_finite()) {
         return Err(KernelError::argument(OP, "features", "finite values", format!("others in row {i}")));
     }
@@ -114,10 +114,6 @@ fn nearest<R: Real>(rows: &UnitRows<R>, lengths: &[R], k: usize, par: Par<'_>) -
         }
     })?;
     Ok(index)
-}
-
-fn squared_lengths<R: Real>(rows: &UnitRows<R>, n: usize) -> Vec<R> {
-    (0..n).map(|i| R::from_f64(rows.row(i).iter().map(|v| v.to_f64() * v.to_f64()).sum())).collect()
 }
 
 /// Picks the nearest rows from one row of inner products.
@@ -258,19 +254,24 @@ fn add_products<'w, R: Real, const FMA: bool>(
         let end = (start + CACHED_ROWS).min(n);
         for (t, tile) in rows.chunks_mut(TILE).enumerate() {
             let used = tile.len();
-            // A short last tile repeats its last row; the surplus results are not stored.
-            let w: [&[R]; TILE] = std::array::from_fn(|r| &weights(t * TILE + r.min(used - 1))[start..end]);
-            let w = w.map(|w| &w[..end - start]);
+            // Widened once for all classes. A short last tile repeats its last row; the surplus is not stored.
+            let mut wide = [[0.0; TILE]; CACHED_ROWS];
+            for r in 0..TILE {
+                let row = &weights(t * TILE + r.min(used - 1))[start..end];
+                for (wide, w) in wide.iter_mut().zip(row) {
+                    wide[r] = w.to_f64();
+                }
+            }
             for c in 0..groups {
                 let mut acc = [[0.0; LANES]; TILE];
                 for (acc, row) in acc.iter_mut().zip(&*tile) {
                     *acc = row.y.as_chunks().0[c];
                 }
-                for (j, y) in y[start * groups..end * groups].iter().skip(c).step_by(groups).enumerate() {
-                    for r in 0..TILE {
-                        let w = w[r][j].to_f64();
-                        for lane in 0..LANES {
-                            acc[r][lane] = w.mul_add_if::<FMA>(y[lane], acc[r][lane]);
+                for (w, y) in wide.iter().zip(y[start * groups..end * groups].chunks_exact(groups)) {
+                    let y = y[c];
+                    for (acc, w) in acc.iter_mut().zip(w) {
+                        for (acc, y) in acc.iter_mut().zip(y) {
+                            *acc = w.mul_add_if::<FMA>(y, *acc);
                         }
                     }
                 }

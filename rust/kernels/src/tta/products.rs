@@ -1,7 +1,7 @@
 //! Inner products of all pairs of rows, a block of rows at a time.
 
 use crate::exec::for_each_chunk;
-use crate::simd::{Element, Real, Vectorized, dispatch};
+use crate::simd::{Element, Real, Vectorized, dispatch, sum_of_squares};
 use crate::{KernelError, Par};
 
 /// Rows per register tile.
@@ -29,12 +29,7 @@ impl<R: Real> UnitRows<R> {
         for_each_chunk(par, &mut rows, (64 * width).max(1), cost, |block, chunk| {
             let start = block * 64 * width;
             T::load(&x[start..start + chunk.len()], chunk);
-            for row in chunk.chunks_mut(width.max(1)) {
-                let length = row.iter().map(|v| v.to_f64() * v.to_f64()).sum::<f64>().sqrt().max(1e-12);
-                for v in row {
-                    *v = R::from_f64(v.to_f64() / length);
-                }
-            }
+            dispatch(Normalize { rows: chunk, width });
         })?;
         let panel_len = Self::PANEL * width;
         let mut panels = vec![R::default(); count.div_ceil(Self::PANEL) * panel_len];
@@ -59,6 +54,11 @@ impl<R: Real> UnitRows<R> {
         &self.rows[i * self.width..][..self.width]
     }
 
+    /// Squared length of each row: 1, up to rounding, or 0; not finite where the features were not.
+    pub fn squared_lengths(&self) -> Vec<R> {
+        dispatch(Lengths(self))
+    }
+
     /// Length of a row of products with padding: whole panels.
     pub fn padded(&self) -> usize {
         self.count.div_ceil(Self::PANEL) * Self::PANEL
@@ -69,6 +69,46 @@ impl<R: Real> UnitRows<R> {
     /// Each product is one sum in order of `k`, in the accumulation type: error at most `width * u` for unit rows.
     pub fn products(&self, first: usize, out: &mut [R]) {
         dispatch(Products { of: self, first, out });
+    }
+}
+
+/// Scales rows to unit length.
+struct Normalize<'a, R> {
+    rows: &'a mut [R],
+    width: usize,
+}
+
+impl<R: Real> Vectorized for Normalize<'_, R> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for row in self.rows.chunks_mut(self.width.max(1)) {
+            let length = squared_length(row).sqrt().max(1e-12);
+            for v in row {
+                *v = R::from_f64(v.to_f64() / length);
+            }
+        }
+    }
+}
+
+/// Sum of the squares; in `f64` where the squares leave the range of the type.
+#[inline(always)]
+fn squared_length<R: Real>(row: &[R]) -> f64 {
+    let squares = sum_of_squares(row);
+    if squares.is_finite() && squares > 1e-28 {
+        return squares;
+    }
+    row.iter().map(|v| v.to_f64() * v.to_f64()).sum()
+}
+
+/// Squared lengths of all rows.
+struct Lengths<'a, R>(&'a UnitRows<R>);
+
+impl<R: Real> Vectorized for Lengths<'_, R> {
+    type Output = Vec<R>;
+    #[inline(always)]
+    fn run<const FMA: bool>(self) -> Vec<R> {
+        (0..self.0.count).map(|i| R::from_f64(squared_length(self.0.row(i)))).collect()
     }
 }
 
