@@ -71,6 +71,7 @@ METHODS: tuple[Method, ...] = (
         "norm",
         "shiftkern.tta.OSUDA",
         (
+            "tests/norm/test_decay_batch_norm.py",
             "tests/tta/test_osuda.py::test_statistics_decay_exponentially",
             "tests/tta/test_osuda.py::test_steps_equal_the_hand_written_ones",
         ),
@@ -83,7 +84,7 @@ METHODS: tuple[Method, ...] = (
         "Test-Time Style Shifting: Handling Arbitrary Styles in Domain Generalization",
         "norm",
         "shiftkern.norm.style_shift",
-        ("tests/tta/test_style.py::test_shifts_what_is_far_to_the_nearest",),
+        ("tests/norm/test_style_shift.py", "tests/tta/test_style.py::test_shifts_what_is_far_to_the_nearest"),
         "paper",
         "partial",  # style shifting at test time; style balancing, the training half, is not here
     ),
@@ -93,7 +94,10 @@ METHODS: tuple[Method, ...] = (
         "Parameter-free Online Test-time Adaptation",
         "tta",
         "shiftkern.tta.lame",
-        ("tests/tta/test_output.py::test_the_fixed_point_in_float64",),
+        (
+            "tests/tta/test_lame.py::test_fixed_point_is_the_published_one",
+            "tests/tta/test_output.py::test_the_fixed_point_in_float64",
+        ),
         "paper",
         "works",
     ),
@@ -104,6 +108,7 @@ METHODS: tuple[Method, ...] = (
         "norm",
         "shiftkern.norm.mixed_batch_norm",
         (
+            "tests/norm/test_mixed_batch_norm.py",
             "tests/tta/test_batch_norm.py::test_alpha_mixes_the_statistics",
             "tests/tta/test_losses.py::test_class_correlation_is_the_mean_off_diagonal_product",
         ),
@@ -116,7 +121,7 @@ METHODS: tuple[Method, ...] = (
         "Un-Mixing Test-Time Normalization Statistics: Combatting Label Temporal Correlation",
         "norm",
         "shiftkern.norm.unmix_norm",
-        ("tests/tta/test_batch_norm.py::test_unmix_follows_the_published_form",),
+        ("tests/norm/test_unmix_norm.py", "tests/tta/test_batch_norm.py::test_unmix_follows_the_published_form"),
         "code",  # the variance cross-term is left out unless asked for
         "works",
     ),

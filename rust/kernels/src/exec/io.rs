@@ -11,8 +11,9 @@ pub struct Io<'a, T> {
     memory: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: `Io` hands out its memory only through `block`, whose callers in this module's parent pass disjoint blocks.
-unsafe impl<T: Send> Sync for Io<'_, T> {}
+// SAFETY: shared references give out `&[T]`, fine for `T: Sync`, and mutable blocks through `block` alone, whose callers
+// in this module's parent pass disjoint ones, fine for `T: Send`.
+unsafe impl<T: Send + Sync> Sync for Io<'_, T> {}
 
 /// One block of an [`Io`].
 pub enum Block<'b, T> {

@@ -91,7 +91,7 @@ pub fn for_each_block(
 }
 
 /// Runs `body(block, chunk)` for consecutive chunks of `out`, each `chunk_len` long but for the last.
-pub fn for_each_chunk<T: Send>(
+pub fn for_each_chunk<T: Send + Sync>(
     par: Par<'_>,
     out: &mut [T],
     chunk_len: usize,
