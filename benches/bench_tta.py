@@ -69,7 +69,6 @@ def results() -> Iterator[Result]:
         peers = ["torch, one matrix product"]
         if n <= 1000:
             cases["torch, published affinity alone"] = lambda f=features: affinity_published(f, 5)
-            peers.append("torch, published affinity alone")
         yield Result(
             "lame, knn, k=5",
             f"N={n}, d={d}, K={classes}",

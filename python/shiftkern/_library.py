@@ -51,7 +51,9 @@ def define(
     name = schema.partition("(")[0]
     qualified = f"shiftkern::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _refusing_tangents(name, _noting_writes(rust, mutates) if mutates else rust), "CPU")
+    if mutates:
+        rust = _noting_writes(rust, mutates)
+    _LIBRARY.impl(name, _refusing_tangents(name, rust), "CPU")
     _LIBRARY.impl(name, _refusing_tangents(name, torch_ops), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if mutates:
@@ -63,7 +65,39 @@ def define(
             formula, context = _first_order_only(name, backward), _noting_inputs(setup_context)
             torch.library.register_autograd(qualified, formula, setup_context=context, lib=_LIBRARY)
     OPERATORS.append(name)
-    return getattr(torch.ops.shiftkern, name).default
+    return _direct(getattr(torch.ops.shiftkern, name).default, rust)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _direct(operator: Callable[..., Any], rust: Callable[..., Any]) -> Callable[..., Any]:
+    """Call the Rust path at once where torch's dispatcher could only come to the same end.
+
+    That is eager code on plain CPU tensors without a gradient, a transform, a mode or a tracer. The way through the
+    dispatcher and its autograd wrapper costs more than the work on a small layer.
+    """
+
+    def call(*args: Any) -> Any:
+        if (
+            not torch.compiler.is_compiling()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._len_torch_function_stack() == 0
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and torch._C._get_tracing_state() is None
+            and forward_ad._current_level < 0
+        ):
+            gradients = torch.is_grad_enabled()
+            for argument in args:
+                for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                    if isinstance(tensor, Tensor) and not (
+                        type(tensor) in _PLAIN and tensor.is_cpu and not (gradients and tensor.requires_grad)
+                    ):
+                        return operator(*args)
+            return rust(*args)
+        return operator(*args)
+
+    return call
 
 
 def _refusal(name: str) -> Callable[..., Any]:

@@ -697,23 +697,16 @@ style_shift = define(
 
 
 def _ema_rust(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: float) -> None:
-    targets, sources, kept = [], [], []
+    dense = all(t.is_contiguous() for t in tensors) and all(v.is_contiguous() for v in values)
+    if dense and _native.ema_update([view(t) for t in tensors], [view(v) for v in values], momentum, threads()):
+        return
+    # Tensors that share memory, or are listed twice, are updated one after the other, as the loop in torch does.
     for tensor, value in zip(tensors, values, strict=True):
-        dense, value = tensor.contiguous(), value.contiguous()
-        target, source = view(dense), view(value)
-        if abs(target[0] - source[0]) < target[1] * dense.element_size():
-            # A value that shares memory with its target would change while it is read.
-            value = value.clone()
-            source = view(value)
-        if dense is not tensor:
-            # Written back at once, so that a tensor listed twice is updated twice.
-            _native.ema_update([target], [source], momentum, threads())
-            tensor.copy_(dense)
-            continue
-        targets.append(target)
-        sources.append(source)
-        kept.append(value)
-    _native.ema_update(targets, sources, momentum, threads())
+        target = tensor.contiguous()
+        source = value.clone(memory_format=torch.contiguous_format)
+        _native.ema_update([view(target)], [view(source)], momentum, threads())
+        if target is not tensor:
+            tensor.copy_(target)
 
 
 def _ema_torch(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: float) -> None:

@@ -116,6 +116,42 @@ impl View {
     pub fn code(self) -> u8 {
         self.2
     }
+
+    /// Number of elements.
+    pub fn len(self) -> usize {
+        self.1
+    }
+
+    /// Address of the first byte and of the first byte after the tensor.
+    fn bytes(self) -> (usize, usize) {
+        let size = match self.2 {
+            FLOAT32 => 4,
+            FLOAT16 | BFLOAT16 => 2,
+            BYTE => 1,
+            _ => 8,
+        };
+        (self.0, self.0 + self.1 * size)
+    }
+
+    /// Whether no written tensor shares memory with another one, written or read.
+    pub fn apart(written: &[Self], read: &[Self]) -> bool {
+        let mut spans: Vec<_> = written.iter().map(|v| (v.bytes(), true)).collect();
+        spans.extend(read.iter().map(|v| (v.bytes(), false)));
+        spans.retain(|((start, end), _)| start < end);
+        spans.sort_unstable();
+        // Ends of the written and of all spans so far: a span may reach over several that follow.
+        let (mut written_end, mut any_end) = (0, 0);
+        for ((start, end), writes) in spans {
+            if start < written_end || (writes && start < any_end) {
+                return false;
+            }
+            any_end = any_end.max(end);
+            if writes {
+                written_end = written_end.max(end);
+            }
+        }
+        true
+    }
 }
 
 /// An optional per-channel array.

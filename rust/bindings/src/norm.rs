@@ -2,6 +2,7 @@
 
 use crate::array::{View, optional, with_float};
 use crate::run::run;
+use half::{bf16, f16};
 use pyo3::prelude::*;
 use shiftkern_kernels::norm::{
     self, Affine, Components, Layout, MixedParams, Moments, Source, StyleOutput, StyleParams, UnmixOutput, UnmixParams,
@@ -244,7 +245,7 @@ pub fn style_shift(
     })
 }
 
-/// All lengths and types are checked before the first tensor is written.
+/// Returns whether it could: tensors that share memory are left alone. All is checked before the first is written.
 #[pyfunction]
 pub fn ema_update(
     py: Python<'_>,
@@ -252,20 +253,29 @@ pub fn ema_update(
     values: Vec<View>,
     momentum: f64,
     threads: usize,
-) -> PyResult<()> {
+) -> PyResult<bool> {
     const OP: &str = "ema_update_";
     run(py, threads, |par| {
         KernelError::check_len(OP, "values", tensors.len(), values.len())?;
-        for (tensor, value) in tensors.iter_mut().zip(&values) {
-            with_float!(tensor, OP, T => {
-                KernelError::check_len(OP, "values", tensor.write::<T>(OP, "tensors")?.len(), value.read::<T>(OP, "values")?.len())
-            })?;
+        for (tensor, value) in tensors.iter().zip(&values) {
+            KernelError::check_len(OP, "values", tensor.len(), value.len())?;
         }
-        for (tensor, value) in tensors.iter_mut().zip(&values) {
-            with_float!(tensor, OP, T => {
-                norm::ema_update(tensor.write::<T>(OP, "tensors")?, value.read::<T>(OP, "values")?, momentum, par)
-            })?;
+        if !View::apart(&tensors, &values) {
+            return Ok(false);
         }
-        Ok(())
+        let (mut singles, mut doubles, mut halves, mut brains) = (vec![], vec![], vec![], vec![]);
+        for (tensor, value) in tensors.iter_mut().zip(&values) {
+            match tensor.code() {
+                0 => singles.push((tensor.write::<f32>(OP, "tensors")?, value.read::<f32>(OP, "values")?)),
+                1 => doubles.push((tensor.write::<f64>(OP, "tensors")?, value.read::<f64>(OP, "values")?)),
+                2 => halves.push((tensor.write::<f16>(OP, "tensors")?, value.read::<f16>(OP, "values")?)),
+                _ => brains.push((tensor.write::<bf16>(OP, "tensors")?, value.read::<bf16>(OP, "values")?)),
+            }
+        }
+        norm::ema_update(singles, momentum, par)?;
+        norm::ema_update(doubles, momentum, par)?;
+        norm::ema_update(halves, momentum, par)?;
+        norm::ema_update(brains, momentum, par)?;
+        Ok(true)
     })
 }

@@ -281,7 +281,9 @@ proptest! {
     fn ema_matches(t in prop::collection::vec(-10.0_f32..10.0, 0..3000), momentum in 0.0_f64..=1.0) {
         let v: Vec<f32> = t.iter().rev().copied().collect();
         let mut got = t.clone();
-        ema_update(&mut got, &v, momentum, Par::threads(2)).unwrap();
+        let (first, rest) = got.split_at_mut(t.len() / 3);
+        let pairs = vec![(first, &v[..t.len() / 3]), (rest, &v[t.len() / 3..])];
+        ema_update(pairs, momentum, Par::threads(2)).unwrap();
         for ((got, t), v) in got.iter().zip(&t).zip(&v) {
             let want = (1.0 - momentum) * f64::from(*t) + momentum * f64::from(*v);
             prop_assert!((f64::from(*got) - want).abs() <= 3.0 * f64::from(f32::EPSILON) * 10.0);
@@ -323,7 +325,7 @@ fn wrong_sizes_are_errors_not_panics() {
     assert!(is_argument(channel_dot(&[0.0_f32; 23], &[0.0; 24], layout, &[0.0; 3], &mut [(0.0, 0.0); 3], par)));
     let affine = Affine::new([(0.0, 1.0, 0.0)].into_iter());
     assert!(is_argument(channel_affine(&mut Io::in_place(&mut [0.0_f32; 24]), layout, &affine, par)));
-    assert!(is_argument(ema_update(&mut [0.0_f32; 3], &[0.0; 2], 0.5, par)));
+    assert!(is_argument(ema_update(vec![(&mut [0.0_f32; 3], &[0.0; 2])], 0.5, par)));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::Layout;
 use super::reduce::{Reducer, reduce_channels};
-use crate::simd::{Element, Real, deviations, sum};
+use crate::simd::{Element, Real};
 use crate::{KernelError, Par};
 
 /// Streaming statistics of one channel.
@@ -51,12 +51,11 @@ const CACHED: usize = 4096;
 #[inline(always)]
 fn cached_moments<R: Real>(x: &[R]) -> Moments {
     let n = x.len() as f64;
-    let mean = sum(x) / n;
+    let mean = R::sum(x) / n;
     let centre = R::from_f64(mean);
-    let (first, second) = deviations(x, centre);
+    let (first, second) = R::deviations(x, centre);
     let moments = Moments { count: n, mean: centre.to_f64() + first / n, m2: (second - first * first / n).max(0.0) };
-    let narrow = size_of::<R>() < size_of::<f64>();
-    if narrow && !(moments.mean.is_finite() && second.is_finite() && second > TRUST_ABOVE) {
+    if !trusted::<R>(moments.mean, second) {
         return wide_moments(x);
     }
     if second.is_finite() { moments } else { Moments { mean, m2: second, ..moments } }
@@ -69,6 +68,107 @@ fn wide_moments<R: Real>(x: &[R]) -> Moments {
     let mean = x.iter().map(|v| v.to_f64()).sum::<f64>() / n;
     let m2 = x.iter().map(|v| (v.to_f64() - mean).powi(2)).sum();
     Moments { count: n, mean, m2 }
+}
+
+/// Columns of a [`Tile`], and rows that it holds: as many as stay in the first-level cache.
+const COLUMNS: usize = 64;
+const ROWS: usize = 128;
+
+/// Running moments of `COLUMNS` columns side by side. All loops have constant length; columns beyond those in use hold
+/// zeros.
+struct Tile<R> {
+    held: usize,
+    rows: [[R; COLUMNS]; ROWS],
+    count: f64,
+    mean: [f64; COLUMNS],
+    m2: [f64; COLUMNS],
+}
+
+impl<R: Real> Default for Tile<R> {
+    fn default() -> Self {
+        let zero = R::default();
+        Self { held: 0, rows: [[zero; COLUMNS]; ROWS], count: 0.0, mean: [0.0; COLUMNS], m2: [0.0; COLUMNS] }
+    }
+}
+
+impl<R: Real> Tile<R> {
+    #[inline(always)]
+    fn clear(&mut self) {
+        (self.held, self.count, self.mean, self.m2) = (0, 0.0, [0.0; COLUMNS], [0.0; COLUMNS]);
+    }
+
+    #[inline(always)]
+    fn push<T: Element<Acc = R>>(&mut self, row: &[T]) {
+        let target = &mut self.rows[self.held];
+        T::load(row, &mut target[..row.len()]);
+        target[row.len()..].fill(R::default());
+        self.held += 1;
+        if self.held == ROWS {
+            self.flush();
+        }
+    }
+
+    /// Merges the held rows, measured in two passes, into the running moments.
+    #[inline(always)]
+    fn flush(&mut self) {
+        if self.held == 0 {
+            return;
+        }
+        let rows = &self.rows[..self.held];
+        let n = self.held as f64;
+        let zero = [R::default(); COLUMNS];
+        let (mut centre, mut sums, mut squares) = (zero, zero, zero);
+        for row in rows {
+            for c in 0..COLUMNS {
+                centre[c] = centre[c] + row[c];
+            }
+        }
+        let scale = R::from_f64(1.0 / n);
+        for c in &mut centre {
+            *c = *c * scale;
+        }
+        for row in rows {
+            for c in 0..COLUMNS {
+                let d = row[c] - centre[c];
+                sums[c] = sums[c] + d;
+                squares[c] = squares[c] + d * d;
+            }
+        }
+        let (mut mean, mut m2) = ([0.0; COLUMNS], [0.0; COLUMNS]);
+        for c in 0..COLUMNS {
+            let (s, q) = (sums[c].to_f64(), squares[c].to_f64());
+            mean[c] = centre[c].to_f64() + s / n;
+            m2[c] = (q - s * s / n).max(0.0);
+            // `max` would turn NaN into 0.
+            m2[c] = if q.is_finite() { m2[c] } else { q };
+        }
+        for c in 0..COLUMNS {
+            if !trusted::<R>(mean[c], squares[c].to_f64()) {
+                let mut column = [R::default(); ROWS];
+                for (value, row) in column.iter_mut().zip(rows) {
+                    *value = row[c];
+                }
+                let exact = wide_moments(&column[..self.held]);
+                (mean[c], m2[c]) = (exact.mean, exact.m2);
+            }
+        }
+        // Chan's update, as in `Moments::merge`; the count is common to all columns.
+        let part = n / (self.count + n);
+        for c in 0..COLUMNS {
+            let delta = mean[c] - self.mean[c];
+            self.mean[c] += delta * part;
+            self.m2[c] += m2[c] + delta * delta * (self.count * part);
+        }
+        self.count += n;
+        self.held = 0;
+    }
+}
+
+/// Whether `f32` squares with this sum are good: finite, and either clearly above underflow or of nothing but zeros.
+#[inline(always)]
+fn trusted<R: Real>(mean: f64, squares: f64) -> bool {
+    size_of::<R>() == size_of::<f64>()
+        || (mean.is_finite() && squares.is_finite() && (squares > TRUST_ABOVE || (mean == 0.0 && squares == 0.0)))
 }
 
 struct MomentsReducer<'a, T> {
@@ -113,6 +213,12 @@ struct Gather<R: Real> {
     total: Moments,
 }
 
+impl<R: Real> Default for Gather<R> {
+    fn default() -> Self {
+        Self { buffer: [R::default(); CACHED], held: 0, total: Moments::default() }
+    }
+}
+
 impl<R: Real> Gather<R> {
     #[inline(always)]
     fn flush(&mut self) {
@@ -144,80 +250,41 @@ impl<R: Real> Gather<R> {
 
 impl<T: Element> Reducer for MomentsReducer<'_, T> {
     type Partial = Moments;
-    const COST_NS: f64 = 0.15;
+    type Scratch = Gather<T::Acc>;
+    const COST_NS: f64 = 0.1;
 
     #[inline(always)]
-    fn slices(&self, outer: std::ops::Range<usize>, channel: usize, inner: std::ops::Range<usize>) -> Moments {
-        let mut gather = Gather { buffer: [T::Acc::default(); CACHED], held: 0, total: Moments::default() };
+    fn slices(
+        &self,
+        outer: std::ops::Range<usize>,
+        channel: usize,
+        inner: std::ops::Range<usize>,
+        gather: &mut Gather<T::Acc>,
+    ) -> Moments {
         for o in outer {
             let start = (o * self.layout.channels + channel) * self.layout.inner + inner.start;
-            self.run(start, inner.len(), o * self.layout.inner + inner.start, &mut gather);
+            self.run(start, inner.len(), o * self.layout.inner + inner.start, gather);
         }
         gather.flush();
-        gather.total
+        std::mem::take(&mut gather.total)
     }
 
     #[inline(always)]
     fn rows(&self, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>, width: usize, out: &mut [Moments]) {
-        const ROWS: usize = 32;
-        const COLUMNS: usize = 256;
-        let mut wide = [T::Acc::default(); ROWS * COLUMNS];
-        let mut centre = [T::Acc::default(); COLUMNS];
-        let mut sums = [T::Acc::default(); COLUMNS];
-        let mut squares = [T::Acc::default(); COLUMNS];
+        let mut tile = Tile::default();
         for first_column in columns.clone().step_by(COLUMNS) {
             let span = COLUMNS.min(columns.end - first_column);
-            let out = &mut out[first_column - columns.start..][..span];
-            let mut row = rows.start;
-            while row < rows.end {
-                let mut held = 0;
-                while row < rows.end && held < ROWS {
-                    // A masked tensor comes row by row, so a row is all in or all out.
-                    if self.mask.is_none_or(|mask| mask[row] != 0) {
-                        let start = row * width + first_column;
-                        T::load(&self.x[start..start + span], &mut wide[held * COLUMNS..][..span]);
-                        held += 1;
-                    }
-                    row += 1;
+            tile.clear();
+            for row in rows.clone() {
+                // A masked tensor comes row by row, so a row is all in or all out.
+                if self.mask.is_none_or(|mask| mask[row] != 0) {
+                    let start = row * width + first_column;
+                    tile.push::<T>(&self.x[start..start + span]);
                 }
-                if held == 0 {
-                    continue;
-                }
-                let n = held as f64;
-                let scale = T::Acc::from_f64(1.0 / n);
-                let (centre, sums, squares) = (&mut centre[..span], &mut sums[..span], &mut squares[..span]);
-                centre.fill(T::Acc::default());
-                sums.fill(T::Acc::default());
-                squares.fill(T::Acc::default());
-                for values in wide.chunks_exact(COLUMNS).take(held) {
-                    for (c, &v) in centre.iter_mut().zip(values) {
-                        *c = *c + v;
-                    }
-                }
-                for c in &mut *centre {
-                    *c = *c * scale;
-                }
-                for values in wide.chunks_exact(COLUMNS).take(held) {
-                    for (((s, q), &c), &v) in sums.iter_mut().zip(&mut *squares).zip(&*centre).zip(values) {
-                        let d = v - c;
-                        *s = *s + d;
-                        *q = *q + d * d;
-                    }
-                }
-                for (i, total) in out.iter_mut().enumerate() {
-                    let (s, q) = (sums[i].to_f64(), squares[i].to_f64());
-                    let trusted = T::Acc::LANES == f64::LANES || q > TRUST_ABOVE;
-                    let part = if trusted && q.is_finite() {
-                        Moments { count: n, mean: centre[i].to_f64() + s / n, m2: (q - s * s / n).max(0.0) }
-                    } else {
-                        let mut column = [T::Acc::default(); ROWS];
-                        for (value, values) in column.iter_mut().zip(wide.chunks_exact(COLUMNS)) {
-                            *value = values[i];
-                        }
-                        wide_moments(&column[..held])
-                    };
-                    *total = total.merge(part);
-                }
+            }
+            tile.flush();
+            for (c, total) in out[first_column - columns.start..][..span].iter_mut().enumerate() {
+                *total = total.merge(Moments { count: tile.count, mean: tile.mean[c], m2: tile.m2[c] });
             }
         }
     }

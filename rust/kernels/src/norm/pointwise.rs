@@ -148,9 +148,20 @@ pub fn channel_combine<T: Element>(
                 let (wide_g, wide_x) = (&mut wide_g[..range.len()], &mut wide_x[..range.len()]);
                 T::load(&self.g[span.range.clone()], wide_g);
                 T::load(&self.source[range.clone()], wide_x);
-                for (i, (x, &g)) in wide_x.iter_mut().zip(&*wide_g).enumerate() {
-                    let k = span.coefficient + if span.per_element { i } else { 0 };
-                    *x = g * self.factor[k] + ((*x - shift[k]) * scale[k] + bias[k]);
+                let k = span.coefficient;
+                if span.per_element {
+                    let k = k..k + wide_x.len();
+                    let coefficients = self.factor[k.clone()].iter().zip(&shift[k.clone()]).zip(&scale[k.clone()]);
+                    for (((x, &g), ((&f, &a), &b)), &c) in
+                        wide_x.iter_mut().zip(&*wide_g).zip(coefficients).zip(&bias[k])
+                    {
+                        *x = g * f + ((*x - a) * b + c);
+                    }
+                } else {
+                    let (f, a, b, c) = (self.factor[k], shift[k], scale[k], bias[k]);
+                    for (x, &g) in wide_x.iter_mut().zip(&*wide_g) {
+                        *x = g * f + ((*x - a) * b + c);
+                    }
                 }
                 T::store(wide_x, &mut self.target[range]);
             }

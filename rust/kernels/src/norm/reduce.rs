@@ -2,7 +2,7 @@
 
 use super::Layout;
 use crate::exec::{block_count, for_each_chunk};
-use crate::simd::{Element, Real, Vectorized, dispatch, dot_deviation};
+use crate::simd::{Element, Real, Reductions, Vectorized, dispatch};
 use crate::{KernelError, Par};
 use std::ops::Range;
 
@@ -10,10 +10,18 @@ use std::ops::Range;
 pub(super) trait Reducer: Sync {
     /// The value of a part of a channel; its default is the value of nothing.
     type Partial: Copy + Default + Send + Sync;
+    /// Buffers that a thread uses again for each part.
+    type Scratch: Default;
     /// Nanoseconds per element on one thread, roughly.
     const COST_NS: f64;
     /// Reduces elements `[o][channel][inner]` for all `o` in `outer`.
-    fn slices(&self, outer: Range<usize>, channel: usize, inner: Range<usize>) -> Self::Partial;
+    fn slices(
+        &self,
+        outer: Range<usize>,
+        channel: usize,
+        inner: Range<usize>,
+        scratch: &mut Self::Scratch,
+    ) -> Self::Partial;
     /// Adds `rows` of a matrix `width` wide to `out`, one entry per column of `columns`.
     fn rows(&self, rows: Range<usize>, columns: Range<usize>, width: usize, out: &mut [Self::Partial]);
     /// The value of two parts together.
@@ -24,7 +32,7 @@ pub(super) trait Reducer: Sync {
 const UNIT: usize = 1 << 16;
 /// Runs of a channel shorter than this are taken together.
 const SHORT: usize = 2048;
-/// Rows at least this wide make good vector loops.
+/// Narrow rows are put side by side up to this width, which makes good vector loops.
 const WIDE: usize = 64;
 
 /// Reduces the whole tensor; `may_widen` allows several narrow rows to be treated as one.
@@ -55,12 +63,23 @@ fn reduce_slices<R: Reducer>(
     out: &mut [R::Partial],
     par: Par<'_>,
 ) -> Result<(), KernelError> {
-    struct Unit<'a, R>(&'a R, Range<usize>, usize, Range<usize>);
-    impl<R: Reducer> Vectorized for Unit<'_, R> {
-        type Output = R::Partial;
+    /// Consecutive units, the first of which has number `first`.
+    struct Units<'a, R: Reducer> {
+        reducer: &'a R,
+        first: usize,
+        partials: &'a mut [R::Partial],
+        /// The part of the tensor that a unit covers: outer indices, channel, inner range.
+        part: &'a (dyn Fn(usize) -> (Range<usize>, usize, Range<usize>) + Sync),
+    }
+    impl<R: Reducer> Vectorized for Units<'_, R> {
+        type Output = ();
         #[inline(always)]
-        fn run<const FMA: bool>(self) -> R::Partial {
-            self.0.slices(self.1, self.2, self.3)
+        fn run<const FMA: bool>(self) {
+            let mut scratch = R::Scratch::default();
+            for (unit, partial) in (self.first..).zip(self.partials) {
+                let (outer, channel, inner) = (self.part)(unit);
+                *partial = self.reducer.slices(outer, channel, inner, &mut scratch);
+            }
         }
     }
     let Layout { channels, inner, groups, .. } = layout;
@@ -70,19 +89,17 @@ fn reduce_slices<R: Reducer>(
     let pieces = block_count(inner, UNIT);
     // Units in memory order: group, stack of outer indices, channel, piece of the inner range.
     let mut partials = vec![R::Partial::default(); groups * stacks * channels * pieces];
-    let unit_len = (together * inner).min(UNIT);
+    let part = |unit: usize| {
+        let (piece, channel) = (unit % pieces, unit / pieces % channels);
+        let (group, stack) = (unit / pieces / channels / stacks, unit / pieces / channels % stacks);
+        let start = group * per_group + stack * together;
+        let outer = start..(start + together).min((group + 1) * per_group);
+        (outer, channel, piece * UNIT..((piece + 1) * UNIT).min(inner))
+    };
+    let units_per_block = block_count(UNIT, (together * inner).min(UNIT));
     let cost = layout.len() as f64 * R::COST_NS;
-    for_each_chunk(par, &mut partials, block_count(UNIT, unit_len), cost, |block, chunk| {
-        let first = block * block_count(UNIT, unit_len);
-        for (i, partial) in chunk.iter_mut().enumerate() {
-            let unit = first + i;
-            let (piece, channel) = (unit % pieces, unit / pieces % channels);
-            let (group, stack) = (unit / pieces / channels / stacks, unit / pieces / channels % stacks);
-            let start = group * per_group + stack * together;
-            let outer = start..(start + together).min((group + 1) * per_group);
-            let inner = piece * UNIT..((piece + 1) * UNIT).min(inner);
-            *partial = dispatch(Unit(reducer, outer, channel, inner));
-        }
+    for_each_chunk(par, &mut partials, units_per_block, cost, |block, partials| {
+        dispatch(Units { reducer, first: block * units_per_block, partials, part: &part });
     })?;
     for (unit, partial) in partials.into_iter().enumerate() {
         let channel = unit / pieces % channels;
@@ -130,8 +147,8 @@ fn reduce_rows<R: Reducer>(
     }
     let Layout { channels, groups, .. } = layout;
     let per_group = layout.outer_per_group();
-    let fold = if may_widen && channels < WIDE { WIDE.div_ceil(channels) } else { 1 };
-    let rows_per_unit = (UNIT / channels).max(32).min(per_group);
+    let fold = if may_widen { (WIDE / channels).max(1) } else { 1 };
+    let rows_per_unit = (UNIT / channels).max(128).min(per_group);
     let units = block_count(per_group, rows_per_unit);
     let mut partials = vec![R::Partial::default(); groups * units * channels];
     // Short groups share a block of work.
@@ -187,15 +204,33 @@ struct DotReducer<'a, T: Element> {
     centre: &'a [T::Acc],
 }
 
+/// Elements that are widened at a time.
+const CACHED: usize = 2048;
+
+/// Room to widen both tensors.
+struct Widened<R>([R; CACHED], [R; CACHED]);
+
+impl<R: Real> Default for Widened<R> {
+    fn default() -> Self {
+        Self([R::default(); CACHED], [R::default(); CACHED])
+    }
+}
+
 impl<T: Element> Reducer for DotReducer<'_, T> {
     type Partial = (f64, f64);
-    const COST_NS: f64 = 0.3;
+    type Scratch = Widened<T::Acc>;
+    const COST_NS: f64 = 0.2;
 
     #[inline(always)]
-    fn slices(&self, outer: Range<usize>, channel: usize, inner: Range<usize>) -> (f64, f64) {
-        const CACHED: usize = 2048;
+    fn slices(
+        &self,
+        outer: Range<usize>,
+        channel: usize,
+        inner: Range<usize>,
+        scratch: &mut Widened<T::Acc>,
+    ) -> (f64, f64) {
         let mut total = (0.0, 0.0);
-        let (mut wide_g, mut wide_x) = ([T::Acc::default(); CACHED], [T::Acc::default(); CACHED]);
+        let Widened(wide_g, wide_x) = scratch;
         for o in outer {
             let centre = self.centre[o / self.layout.outer_per_group() * self.layout.channels + channel];
             let first = (o * self.layout.channels + channel) * self.layout.inner;
@@ -204,11 +239,11 @@ impl<T: Element> Reducer for DotReducer<'_, T> {
                 let end = (start + CACHED).min(first + inner.end);
                 let (g, x) = (&self.g[start..end], &self.x[start..end]);
                 let part = if let (Some(g), Some(x)) = (T::as_acc(g), T::as_acc(x)) {
-                    dot_deviation(g, x, centre)
+                    T::Acc::dot_deviation(g, x, centre)
                 } else {
                     T::load(g, &mut wide_g[..end - start]);
                     T::load(x, &mut wide_x[..end - start]);
-                    dot_deviation(&wide_g[..end - start], &wide_x[..end - start], centre)
+                    T::Acc::dot_deviation(&wide_g[..end - start], &wide_x[..end - start], centre)
                 };
                 total = Self::merge(total, part);
                 start = end;

@@ -1,5 +1,6 @@
 //! Element types and the types they are computed in.
 
+use super::reduce::Reductions;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::ops::{Add, Div, Mul, Sub};
@@ -19,18 +20,15 @@ pub trait Real:
     + Mul<Output = Self>
     + Div<Output = Self>
     + Element<Acc = Self>
+    + Reductions
     + 'static
 {
-    /// Lanes of one accumulator set: four 512-bit registers.
-    const LANES: usize;
-    /// A per-lane accumulator; an array, so that loops over it become vector instructions.
-    type Lanes: AsMut<[Self]> + AsRef<[Self]> + Copy;
-    /// One row of a register tile of inner products: half of `Lanes`.
+    /// Width of a packed panel: two 512-bit registers.
+    const PANEL: usize;
+    /// One row of a register tile of inner products.
     type Panel: AsRef<[Self]>;
-    /// Inner products of `TILE_ROWS` rows with the columns of a packed panel, `LANES / 2` wide.
+    /// Inner products of `TILE_ROWS` rows with the columns of a packed panel.
     fn tile_products<const FMA: bool>(rows: [&[Self]; TILE_ROWS], panel: &[Self]) -> [Self::Panel; TILE_ROWS];
-    /// All lanes zero.
-    const ZERO_LANES: Self::Lanes;
     /// Rounds to nearest.
     fn from_f64(value: f64) -> Self;
     /// Exact.
@@ -40,25 +38,23 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($type:ident, $lanes:literal) => {
+    ($type:ident, $panel:literal) => {
         impl Real for $type {
-            const LANES: usize = $lanes;
-            type Lanes = [$type; $lanes];
-            const ZERO_LANES: Self::Lanes = [0.0; $lanes];
-            type Panel = [$type; $lanes / 2];
+            const PANEL: usize = $panel;
+            type Panel = [$type; $panel];
             #[inline(always)]
             fn tile_products<const FMA: bool>(
                 rows: [&[$type]; TILE_ROWS],
                 panel: &[$type],
             ) -> [Self::Panel; TILE_ROWS] {
                 // Arrays of constant size and plain indices: the accumulators stay in registers.
-                let mut acc = [[0.0 as $type; $lanes / 2]; TILE_ROWS];
+                let mut acc = [[0.0 as $type; $panel]; TILE_ROWS];
                 let depth = rows[0].len();
                 let rows = rows.map(|row| &row[..depth]);
-                for (k, column) in panel.as_chunks::<{ $lanes / 2 }>().0.iter().take(depth).enumerate() {
+                for (k, column) in panel.as_chunks::<$panel>().0.iter().take(depth).enumerate() {
                     for r in 0..TILE_ROWS {
                         let a = rows[r][k];
-                        for lane in 0..$lanes / 2 {
+                        for lane in 0..$panel {
                             acc[r][lane] = a.mul_add_if::<FMA>(column[lane], acc[r][lane]);
                         }
                     }
@@ -102,8 +98,8 @@ macro_rules! real {
     };
 }
 
-real!(f32, 64);
-real!(f64, 32);
+real!(f32, 32);
+real!(f64, 16);
 
 /// A type that tensors are stored in.
 pub trait Element: Copy + Send + Sync + 'static {

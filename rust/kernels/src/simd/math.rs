@@ -4,7 +4,7 @@
 //! Error bounds, tested against the `f64` library function over the whole range: `f32` exp and log 2 ulp,
 //! `f64` exp and log 3 ulp. `exp` flushes results below the smallest normal number to zero.
 
-use super::{Real, Vectorized, dispatch};
+use super::{Real, Reductions, Vectorized, dispatch};
 
 /// The two types' constants and bit tricks.
 pub trait Transcendental: Real {
@@ -170,7 +170,7 @@ pub fn softmax_in_place<const FMA: bool>(x: &mut [f64]) -> f64 {
     for v in &mut *x {
         *v = (*v - peak).exp_lane::<FMA>();
     }
-    let total = super::reduce::sum(x);
+    let total = f64::sum(x);
     for v in &mut *x {
         *v /= total;
     }

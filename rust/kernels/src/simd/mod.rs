@@ -11,7 +11,7 @@ mod reduce;
 
 pub use element::{Element, Real, TILE_ROWS};
 pub use math::{Transcendental, exp, exp_in_place, log, log_in_place, softmax_in_place};
-pub use reduce::{deviations, dot_deviation, min_max, sum, sum_of_squares};
+pub use reduce::Reductions;
 
 use pulp::{Arch, Simd, WithSimd};
 use std::sync::OnceLock;

@@ -1,7 +1,7 @@
 //! Inner products of all pairs of rows, a block of rows at a time.
 
 use crate::exec::for_each_chunk;
-use crate::simd::{Element, Real, Vectorized, dispatch, sum_of_squares};
+use crate::simd::{Element, Real, Vectorized, dispatch};
 use crate::{KernelError, Par};
 
 /// Rows per register tile.
@@ -9,7 +9,7 @@ const TILE_ROWS: usize = crate::simd::TILE_ROWS;
 
 /// Rows of unit length, packed so that inner products read memory in order.
 ///
-/// `rows` holds the rows as they are; `panels` holds panels of `R::LANES / 2` rows, transposed: element `k` of all rows
+/// `rows` holds the rows as they are; `panels` holds panels of `R::PANEL` rows, transposed: element `k` of all rows
 /// of a panel lies together.
 pub struct UnitRows<R> {
     rows: Vec<R>,
@@ -19,9 +19,6 @@ pub struct UnitRows<R> {
 }
 
 impl<R: Real> UnitRows<R> {
-    /// Rows per panel: two vector registers of the widest kind.
-    const PANEL: usize = R::LANES / 2;
-
     /// Scales each row of `x` to unit length (rows shorter than 1e-12 are divided by that) and packs them.
     pub fn new<T: Element<Acc = R>>(x: &[T], count: usize, width: usize, par: Par<'_>) -> Result<Self, KernelError> {
         let mut rows = vec![R::default(); count * width];
@@ -31,13 +28,13 @@ impl<R: Real> UnitRows<R> {
             T::load(&x[start..start + chunk.len()], chunk);
             dispatch(Normalize { rows: chunk, width });
         })?;
-        let panel_len = Self::PANEL * width;
-        let mut panels = vec![R::default(); count.div_ceil(Self::PANEL) * panel_len];
+        let panel_len = R::PANEL * width;
+        let mut panels = vec![R::default(); count.div_ceil(R::PANEL) * panel_len];
         for_each_chunk(par, &mut panels, panel_len.max(1), cost, |block, panel| {
-            for lane in 0..Self::PANEL.min(count - block * Self::PANEL) {
-                let row = &rows[(block * Self::PANEL + lane) * width..][..width];
+            for lane in 0..R::PANEL.min(count - block * R::PANEL) {
+                let row = &rows[(block * R::PANEL + lane) * width..][..width];
                 for (k, &value) in row.iter().enumerate() {
-                    panel[k * Self::PANEL + lane] = value;
+                    panel[k * R::PANEL + lane] = value;
                 }
             }
         })?;
@@ -61,7 +58,7 @@ impl<R: Real> UnitRows<R> {
 
     /// Length of a row of products with padding: whole panels.
     pub fn padded(&self) -> usize {
-        self.count.div_ceil(Self::PANEL) * Self::PANEL
+        self.count.div_ceil(R::PANEL) * R::PANEL
     }
 
     /// Inner products of rows `first..first + out.len() / padded()` with all rows, into rows of `padded()` entries.
@@ -94,7 +91,7 @@ impl<R: Real> Vectorized for Normalize<'_, R> {
 /// Sum of the squares; in `f64` where the squares leave the range of the type.
 #[inline(always)]
 fn squared_length<R: Real>(row: &[R]) -> f64 {
-    let squares = sum_of_squares(row);
+    let squares = R::sum_of_squares(row);
     if squares.is_finite() && squares > 1e-28 {
         return squares;
     }
@@ -124,7 +121,7 @@ impl<R: Real> Vectorized for Products<'_, R> {
     fn run<const FMA: bool>(self) {
         let UnitRows { panels, width, .. } = self.of;
         let padded = self.of.padded();
-        let panel_rows = UnitRows::<R>::PANEL;
+        let panel_rows = R::PANEL;
         if *width == 0 {
             return self.out.fill(R::default());
         }
