@@ -112,11 +112,14 @@ def forward() -> Iterator[Result]:
         expected = mixed_naive(x, *stats, 0.8)
         for peer in (mixed_batch, mixed_native, lambda *a: mixed_batch_norm(*a[:5], source_weight=a[5])):
             torch.testing.assert_close(peer(x, *stats, 0.8), expected, rtol=1e-4, atol=1e-4)
-        asked = {
+        # The targets were set against var_mean + batch_norm; update_stats, found later, is a faster peer.
+        composed = "torch var_mean + batch_norm"
+        targets = {
             "in L2": [],
-            "in L3": [("shiftkern", "best", 6.0)],
-            "beyond": [("shiftkern", "best", 3.0), ("shiftkern in place", "best", 6.0)],
+            "in L3": [("shiftkern", 6.0)],
+            "beyond": [("shiftkern", 3.0), ("shiftkern in place", 6.0)],
         }[name]
+        asked = [(case, peer, ratio) for case, ratio in targets for peer in (composed, "best")]
         yield Result(
             "mixed_batch_norm",
             label(name, shape),
@@ -151,7 +154,7 @@ def forward() -> Iterator[Result]:
             ["shiftkern"],
             ["torch var_mean", "torch update_stats"],
             "sum (one read)",
-            [("shiftkern", "torch var_mean", 12.0)] if name == "beyond" else [],
+            [("shiftkern", "torch var_mean", 12.0), ("shiftkern", "best", 12.0)] if name == "beyond" else [],
         )
         components = torch.randn(16, shape[1], generator=torch.Generator().manual_seed(1)), torch.ones(16, shape[1])
         affine = stats[2:]
@@ -172,7 +175,7 @@ def forward() -> Iterator[Result]:
             ["shiftkern"],
             ["torch published form", "torch without B x K x C"],
             "copy into used memory",
-            [("shiftkern", "torch published form", 6.0)] if name == "beyond" else [],
+            [("shiftkern", "torch published form", 6.0), ("shiftkern", "best", 6.0)] if name == "beyond" else [],
         )
         styles = torch.randn(4, shape[1]), torch.rand(4, shape[1]) + 0.5
         yield Result(

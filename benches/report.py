@@ -98,6 +98,8 @@ def main(page: Path) -> None:
         "",
         "## What was asked for",
         "",
+        "Each target stands against the peer it was set for, and against the fastest peer found since.",
+        "",
         *asked_table(everything),
         "",
     ]

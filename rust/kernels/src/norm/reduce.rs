@@ -31,7 +31,7 @@ pub(super) trait Reducer: Sync {
 /// Elements per unit of work, the smallest part that a thread takes.
 const UNIT: usize = 1 << 16;
 /// Runs of a channel shorter than this are taken together.
-const SHORT: usize = 2048;
+const SHORT: usize = 4096;
 /// Narrow rows are put side by side up to this width, which makes good vector loops.
 const WIDE: usize = 64;
 
