@@ -111,6 +111,14 @@ fn advise_huge_pages<T>(target: &mut [T]) {
         let start = target.as_mut_ptr() as usize;
         let first = start.next_multiple_of(HUGE);
         let last = (start + bytes) / HUGE * HUGE;
+        // Memory that the allocator hands out again is there already; advising it anew would only cost.
+        let mut resident = 0_u8;
+        let middle = first + (last - first) / HUGE / 2 * HUGE;
+        // SAFETY: asks about one page inside `target` and writes one byte, `resident`.
+        let asked = unsafe { libc::mincore(middle as *mut libc::c_void, 1, &raw mut resident) };
+        if asked == 0 && resident & 1 == 1 {
+            return;
+        }
         // SAFETY: the range lies inside `target`, and MADV_HUGEPAGE does not change what the memory holds.
         unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_HUGEPAGE) };
     }

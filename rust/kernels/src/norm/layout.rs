@@ -77,18 +77,28 @@ impl Layout {
         let per_element = self.inner == 1;
         let run = if per_element { self.channels } else { self.inner };
         let mut position = block.start;
+        // Division once per block; from run to run these are counted on.
+        let mut outer = position / (self.channels * self.inner).max(1);
+        let mut channel = position / self.inner.max(1) % self.channels.max(1);
+        let mut run_end = (position / run.max(1) + 1) * run;
+        let mut group = outer / self.outer_per_group().max(1);
         std::iter::from_fn(move || {
             if position >= block.end {
                 return None;
             }
-            let outer = position / (self.channels * self.inner);
-            let channel = position / self.inner % self.channels;
-            let group = outer / self.outer_per_group();
-            let run_end = (position / run + 1) * run;
             let end = run_end.min(block.end).min(position.saturating_add(most));
-            let range = position..end;
+            let span = Span { range: position..end, coefficient: group * self.channels + channel, per_element };
             position = end;
-            Some(Span { range, coefficient: group * self.channels + channel, per_element })
+            channel += if per_element { span.range.len() } else { usize::from(end == run_end) };
+            if end == run_end {
+                run_end += run;
+            }
+            if channel == self.channels {
+                channel = 0;
+                outer += 1;
+                group = outer / self.outer_per_group().max(1);
+            }
+            Some(span)
         })
     }
 }
