@@ -87,6 +87,13 @@ def integer(op: str, name: str, value: object, least: int) -> int:
     return result
 
 
+def threshold(op: str, name: str, value: object) -> float | None:
+    """Return a number >= 0, infinity included, or None."""
+    if value is None or (isinstance(value, float) and value == math.inf):
+        return value
+    return non_negative(op, name, value)
+
+
 def positive_int(op: str, name: str, value: object) -> int:
     """Return a whole number >= 1."""
     return integer(op, name, value, 1)

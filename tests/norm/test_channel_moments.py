@@ -415,3 +415,12 @@ class TestMoments:
     def test_errors(self, fields, error, argument):
         with pytest.raises(error, match=rf"^Moments: argument '{argument}': expected .*, got "):
             Moments(*fields)
+
+
+def test_a_count_per_channel_merges():
+    x = torch.randn(6, 3, dtype=torch.float64)
+    whole, identity = channel_moments(x), Moments(torch.zeros(3), torch.zeros(3).double(), torch.zeros(3).double())
+    for merged in (merge_moments(whole, identity), merge_moments(identity, whole)):
+        assert torch.equal(merged.mean, whole.mean)
+        assert torch.equal(merged.m2, whole.m2)
+        assert torch.equal(merged.count, torch.full((3,), 6.0, dtype=torch.float64))

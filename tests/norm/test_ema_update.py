@@ -153,7 +153,6 @@ T, V = torch.zeros(3), torch.ones(3)
     ("tensors_", "values", "momentum", "error", "argument"),
     [
         (T, [V], 0.1, ArgumentTypeError, "tensors"),
-        ((t for t in [T]), [V], 0.1, ArgumentTypeError, "tensors"),
         (None, [V], 0.1, ArgumentTypeError, "tensors"),
         ([1.0], [V], 0.1, ArgumentTypeError, r"tensors\[0\]"),
         ([T.long()], [V], 0.1, ArgumentTypeError, r"tensors\[0\]"),
@@ -162,7 +161,7 @@ T, V = torch.zeros(3), torch.ones(3)
         ([T], [V, V], 0.1, ArgumentError, "values"),
         ([T], [None], 0.1, ArgumentTypeError, r"values\[0\]"),
         ([T], [V[:2]], 0.1, ArgumentError, r"values\[0\]"),
-        ([T], [V.double()], 0.1, ArgumentTypeError, r"values\[0\]"),
+        ([T], [V.long()], 0.1, ArgumentTypeError, r"values\[0\]"),
         ([T], [V.to("meta")], 0.1, ArgumentError, r"values\[0\]"),
         ([T], [V], 1.5, ArgumentError, "momentum"),
         ([T], [V], float("nan"), ArgumentError, "momentum"),
@@ -176,7 +175,23 @@ def test_errors(tensors_, values, momentum, error, argument):
 
 def test_an_error_leaves_every_tensor_unwritten():
     a, b = torch.zeros(3), torch.zeros(3)
-    for bad in (torch.ones(2), torch.ones(3).double(), torch.ones(3, device="meta"), "x"):
+    for bad in (torch.ones(2), torch.ones(3).long(), torch.ones(3, device="meta"), "x"):
         with pytest.raises(shiftkern.ShiftkernError):
             ema_update_([a, b], [torch.ones(3), bad], 0.5)
         assert not a.any()
+
+
+def test_generators_are_lists_too():
+    model = torch.nn.Linear(2, 2)
+    teacher = torch.nn.Linear(2, 2)
+    old = [p.detach().clone() for p in teacher.parameters()]
+    ema_update_(teacher.parameters(), model.parameters(), 0.25)
+    for p, before, new in zip(teacher.parameters(), old, model.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), 0.75 * before + 0.25 * new.detach())
+
+
+def test_values_of_another_float_type_are_rounded_first():
+    running = torch.tensor([1.0, 2.0])
+    ema_update_([running], [torch.tensor([3.0, 1.0 / 3.0], dtype=torch.float64)], 0.5)
+    assert running.dtype == torch.float32
+    torch.testing.assert_close(running, torch.tensor([2.0, 0.5 * 2.0 + 0.5 / 3.0]))

@@ -222,3 +222,9 @@ class TestModule:
     def test_errors(self, arguments, options, error, argument):
         with pytest.raises(error, match=rf"^StyleShift: argument '{argument}': "):
             StyleShift(*arguments, **options)
+
+
+def test_an_infinite_threshold_shifts_nothing():
+    x = torch.randn(3, 2, 5)
+    assert torch.equal(style_shift(x, torch.zeros(2), torch.ones(2), threshold=float("inf")), x)
+    assert torch.equal(StyleShift(torch.zeros(2), torch.ones(2), threshold=float("inf"))(x), x)

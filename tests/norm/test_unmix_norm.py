@@ -349,3 +349,13 @@ class TestModule:
             UnMixTNS(3)(torch.zeros(2, 4))
         with pytest.raises(ArgumentTypeError, match=r"^UnMixTNS: argument 'x': "):
             UnMixTNS(3)(None)
+
+
+def test_reset_is_exact_after_loading_another_seed():
+    first, second = UnMixTNS(3, 4, seed=1), UnMixTNS(3, 4, seed=2)
+    start = first.component_mean.clone()
+    first(torch.randn(5, 3, 2, 2))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.component_mean, first.component_mean)
+    second.reset()
+    assert torch.equal(second.component_mean, start)

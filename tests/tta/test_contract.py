@@ -593,3 +593,13 @@ def test_a_features_layer_that_is_not_run_is_refused(name):
     method = getattr(tta, name)(Spare(*make_model()))
     with pytest.raises(ValueError, match=r"features of 'spare'.*no call"):
         method(stream()[0])
+
+
+@pytest.mark.parametrize("method", [tta.Tent, tta.CoTTA, tta.RMT, tta.OSUDA])
+def test_float16_parameters_are_refused_before_anything_changes(method):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).half()
+    wrapped = method(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"{method.__name__}: argument 'model': .*float16"):
+        wrapped(torch.randn(5, 3).half())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -304,7 +304,7 @@ class AlphaBatchNorm(BatchNormReplacement):
     """
 
     def __init__(
-        self, num_features: int, *, source_weight: float = 0.8, unbiased: bool = False, **options: Any
+        self, num_features: int, source_weight: float = 0.8, *, unbiased: bool = False, **options: Any
     ) -> None:
         super().__init__(num_features, **options)
         self.source_weight = _checks.fraction("AlphaBatchNorm", "source_weight", source_weight)
@@ -371,7 +371,7 @@ class DecayBatchNorm(BatchNormReplacement):
     source_var: Tensor
     step: Tensor
 
-    def __init__(self, num_features: int, *, eta0: float = 1.0, **options: Any) -> None:
+    def __init__(self, num_features: int, eta0: float = 1.0, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.eta0 = _checks.fraction("DecayBatchNorm", "eta0", eta0)
         self.register_buffer("source_mean", self.running_mean.clone())

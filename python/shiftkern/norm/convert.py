@@ -30,10 +30,11 @@ class _Original:
 
     def __init__(self, module: _BatchNorm) -> None:
         self.module = module
+        self.training = module.training
         self.parameters = {name: (p.detach().clone(), p.requires_grad) for name, p in module.named_parameters()}
 
     def restore(self, replacement: BatchNormReplacement) -> _BatchNorm:
-        """Return the original with its values; it follows the replacement's device, dtype and train/eval mode."""
+        """Return the original with its values and flags; it follows the replacement's device and dtype."""
         module = self.module
         with torch.no_grad():
             for name, (value, requires_grad) in self.parameters.items():
@@ -46,7 +47,7 @@ class _Original:
         for name, buffer in list(module.named_buffers()):
             # As the parameters, the statistics follow what .to() did to the model.
             setattr(module, name, buffer.to(current.device, current.dtype if buffer.is_floating_point() else None))
-        module.train(replacement.training)
+        module.train(self.training)
         return module
 
 
@@ -114,8 +115,8 @@ def convert_norm(model: _Model, kind: str, **options: Any) -> nn.Module:
         name
         for signature in (inspect.signature(cls), inspect.signature(BatchNormReplacement))
         for name, p in signature.parameters.items()
-        if p.kind is p.KEYWORD_ONLY
-    } - {"affine", "device", "dtype"}
+        if p.kind is not p.VAR_KEYWORD
+    } - {"num_features", "affine", "device", "dtype"}
     for name in options:
         if name not in accepted:
             _checks.refuse(op, name, f"one of the options {', '.join(sorted(accepted))} of kind {kind!r}", "this name")
@@ -156,8 +157,8 @@ def convert_norm(model: _Model, kind: str, **options: Any) -> nn.Module:
 def revert_norm(model: _Model) -> nn.Module:
     """Undo :func:`convert_norm` in place.
 
-    Types, parameter values, running statistics, requires-grad flags, ``eps`` and ``momentum`` are those from before the
-    conversion, to the bit; the train/eval mode is the current one. Parameters stay the same objects.
+    Types, parameter values, running statistics, ``eps``, ``momentum`` and flags (requires-grad and train/eval mode
+    included) are those from before the conversion, to the bit. Parameters stay the same objects.
 
     Parameters
     ----------

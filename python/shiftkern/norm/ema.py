@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,17 +14,17 @@ __all__ = ["ema_update_"]
 
 
 @torch.no_grad()
-def ema_update_(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: float) -> None:
+def ema_update_(tensors: Iterable[Tensor], values: Iterable[Tensor], momentum: float) -> None:
     """Update each tensor in place: ``t <- (1 - momentum) * t + momentum * v``.
 
     One call for all layers of a model: running statistics, or a teacher from its student.
 
     Parameters
     ----------
-    tensors : sequence of Tensor
+    tensors : iterable of Tensor
         Float tensors of any shapes; written in place, whether or not they require grad.
-    values : sequence of Tensor
-        As many tensors of the same shapes, dtypes and devices.
+    values : iterable of Tensor
+        As many float tensors of the same shapes and devices; another float dtype is rounded to the tensor's first.
     momentum : float
         Weight of the new value, in [0, 1].
 
@@ -34,7 +34,7 @@ def ema_update_(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: f
         Another number of values, a shape or device that differs, ``momentum`` outside [0, 1]. Everything is checked
         first: after an error no tensor has changed.
     ArgumentTypeError
-        An element is no float tensor, or the dtypes of a pair differ.
+        An element is no float tensor.
 
     Notes
     -----
@@ -52,8 +52,9 @@ def ema_update_(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: f
     op = "ema_update_"
     momentum = _checks.fraction(op, "momentum", momentum)
     for name, given in (("tensors", tensors), ("values", values)):
-        if isinstance(given, Tensor) or not isinstance(given, Sequence):
+        if isinstance(given, Tensor) or not isinstance(given, Iterable):
             _checks.refuse_type(op, name, "a list of tensors", _checks.describe(given))
+    tensors, values = list(tensors), list(values)
     if len(tensors) != len(values):
         _checks.refuse(op, "values", f"{len(tensors)} tensors, as many as in 'tensors'", len(values))
     for i, (tensor, value) in enumerate(zip(tensors, values, strict=True)):
@@ -68,8 +69,9 @@ def ema_update_(tensors: Sequence[Tensor], values: Sequence[Tensor], momentum: f
             and tensor.is_contiguous()
         ):
             _checks.tensor(op, f"tensors[{i}]", tensor)
-            _checks.tensor(op, f"values[{i}]", value, shape=tensor.shape, dtypes=(tensor.dtype,), device=tensor.device)
+            _checks.tensor(op, f"values[{i}]", value, shape=tensor.shape, device=tensor.device)
             _checks.writable(op, f"tensors[{i}]", tensor)
+            values[i] = value.to(tensor.dtype)
     devices = {t.device for t in tensors}
     if len(devices) == 1:
         ops.ema_update_(tensors, values, momentum)

@@ -135,13 +135,19 @@ def channel_moments(x: Tensor, *, dim: int = 1, mask: Tensor | None = None, per_
     return Moments(*ops.channel_moments(x, mask, dim, per_instance))
 
 
+def _broadcasts(count: Tensor, mean: Tensor) -> bool:
+    """Whether ``count`` fits ``mean`` without making it larger."""
+    fits = all(c in (1, m) for c, m in zip(reversed(count.shape), reversed(mean.shape), strict=False))
+    return fits and count.dim() <= mean.dim()
+
+
 def _check_moments(op: str, name: str, m: object) -> Moments:
     if not isinstance(m, Moments):
         _checks.refuse_type(op, name, "shiftkern.norm.Moments", _checks.describe(m))
     mean = _checks.tensor(op, f"{name}.mean", m.mean, min_dim=1)
     count = _checks.tensor(op, f"{name}.count", m.count, device=mean.device)
-    if count.shape not in ((), (*mean.shape[:-1], 1)):
-        _checks.refuse(op, f"{name}.count", f"shape () or {(*mean.shape[:-1], 1)}", f"shape {tuple(count.shape)}")
+    if not _broadcasts(count, mean):
+        _checks.refuse(op, f"{name}.count", f"a shape that broadcasts to {tuple(mean.shape)}", f"{tuple(count.shape)}")
     return m
 
 
@@ -180,7 +186,6 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     _check_moments(op, "a", a)
     _check_moments(op, "b", b)
     _checks.tensor(op, "b", b.mean, shape=a.mean.shape, device=a.mean.device)
-    _checks.tensor(op, "b", b.count, shape=a.count.shape)
     count = a.count + b.count
     part = b.count / count.clamp(min=1.0)
     delta = b.mean - a.mean

@@ -80,7 +80,7 @@ def style_shift(
     check_channels(op, x)
     style_mean, style_std = _check_styles(op, style_mean, style_std)
     _checks.tensor(op, "style_mean", style_mean, shape=(style_mean.shape[0], x.shape[1]), device=x.device)
-    threshold = None if threshold is None else _checks.non_negative(op, "threshold", threshold)
+    threshold = _checks.threshold(op, "threshold", threshold)
     y: Tensor = ops.style_shift(x, style_mean, style_std, threshold, _checks.non_negative(op, "eps", eps))[0]
     return y
 
@@ -113,7 +113,7 @@ class StyleShift(nn.Module):
         style_mean, style_std = _check_styles("StyleShift", style_mean, style_std)
         self.register_buffer("style_mean", style_mean.detach().clone())
         self.register_buffer("style_std", style_std.detach().clone())
-        self.threshold = None if threshold is None else _checks.non_negative("StyleShift", "threshold", threshold)
+        self.threshold = _checks.threshold("StyleShift", "threshold", threshold)
         self.eps = _checks.non_negative("StyleShift", "eps", eps)
 
     def forward(self, x: Tensor) -> Tensor:

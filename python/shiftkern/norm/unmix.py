@@ -141,6 +141,8 @@ class UnMixTNS(BatchNormReplacement):
     ----------
     component_mean, component_var : Tensor
         Buffers of shape ``(K, C)``.
+    component_noise : Tensor
+        The draw that the components start from, so that :meth:`reset` is exact after ``load_state_dict``.
 
     References
     ----------
@@ -157,12 +159,13 @@ class UnMixTNS(BatchNormReplacement):
 
     component_mean: Tensor
     component_var: Tensor
+    component_noise: Tensor
 
     def __init__(
         self,
         num_features: int,
-        *,
         num_components: int = 16,
+        *,
         temperature: float = 0.07,
         cross_term: bool = False,
         seed: int | torch.Generator = 0,
@@ -177,7 +180,8 @@ class UnMixTNS(BatchNormReplacement):
             seed = torch.Generator().manual_seed(_checks.seed(op, "seed", seed))
         shape = (self.num_components, self.num_features)
         # The draw itself is kept: a generator in a module could neither be copied nor saved.
-        self._noise = torch.randn(shape, generator=seed, dtype=torch.float64, device=seed.device)
+        noise = torch.randn(shape, generator=seed, dtype=torch.float64, device=seed.device)
+        self.register_buffer("component_noise", noise.to(self.running_mean.device))
         for name in ("component_mean", "component_var"):
             self.register_buffer(name, self.running_mean.new_empty(shape))
         self.start()
@@ -187,7 +191,7 @@ class UnMixTNS(BatchNormReplacement):
         k = self.num_components
         mean, var = self.running_mean.double(), self.running_var.double()
         spread = 0.0 if k == 1 else 0.5
-        noise = self._noise.to(mean.device) * (math.sqrt(spread * k / max(k - 1, 1)) * var.sqrt())
+        noise = self.component_noise.double() * (math.sqrt(spread * k / max(k - 1, 1)) * var.sqrt())
         self.component_mean.copy_(mean + noise)
         self.component_var.copy_(((1.0 - spread) * var).expand_as(noise))
 

@@ -349,6 +349,9 @@ class GradientMethod(Method):
         self.optimizer = self._make_optimizer(trained, lr=self.lr)
 
     def _adapt(self, x: Tensor) -> Tensor:
+        if any(p.dtype == torch.float16 for p in self._trained()):
+            # Adam's eps is 0 in float16 and small steps vanish: the first update would end in NaN.
+            raise self._error("model", "trained parameters in float32, float64 or bfloat16", "float16")
         for _ in range(self.steps):
             with torch.enable_grad():
                 output, loss = self._loss(x)

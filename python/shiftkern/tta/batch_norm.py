@@ -15,6 +15,8 @@ class Source(Method):
     ----------
     model : nn.Module
         Maps a batch to logits (N, K) or (N, K, *spatial).
+    seed : int
+        Seed of the method's generator; nothing is drawn from it.
 
     Raises
     ------
@@ -31,8 +33,8 @@ class Source(Method):
     torch.Size([5, 2])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
+        super().__init__(model, seed=seed)
         self._start()
 
 
@@ -49,6 +51,8 @@ class AlphaBN(Method):
         A model with BatchNorm layers (1-d, 2-d or 3-d). Adapted in place.
     source_weight : float
         Weight of the source statistics in [0, 1]: 1 is the source model, 0 batch statistics alone.
+    seed : int
+        Seed of the method's generator; nothing is drawn from it.
 
     Raises
     ------
@@ -69,9 +73,9 @@ class AlphaBN(Method):
     torch.Size([5, 2])
     """
 
-    def __init__(self, model: nn.Module, source_weight: float = 0.8) -> None:
+    def __init__(self, model: nn.Module, source_weight: float = 0.8, *, seed: int = 0) -> None:
         source_weight = _checks.fraction(type(self).__name__, "source_weight", source_weight)
-        super().__init__(model)
+        super().__init__(model, seed=seed)
         self._convert("alpha", source_weight=source_weight)
         self._start()
 
@@ -86,6 +90,8 @@ class BatchNormAdapt(AlphaBN):
     ----------
     model : nn.Module
         A model with BatchNorm layers (1-d, 2-d or 3-d). Adapted in place.
+    seed : int
+        Seed of the method's generator; nothing is drawn from it.
 
     Raises
     ------
@@ -106,8 +112,8 @@ class BatchNormAdapt(AlphaBN):
     True
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, source_weight=0.0)
+    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
+        super().__init__(model, source_weight=0.0, seed=seed)
 
 
 class UnMix(Method):

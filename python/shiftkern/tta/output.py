@@ -33,6 +33,8 @@ class LAME(Method):
         Most fixed-point steps.
     tol : float
         Relative energy change at which to stop.
+    seed : int
+        Seed of the method's generator; nothing is drawn from it.
 
     Raises
     ------
@@ -74,8 +76,9 @@ class LAME(Method):
         *,
         max_iter: int = 100,
         tol: float = 1e-8,
+        seed: int = 0,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, seed=seed)
         self.affinity = _checks.one_of("LAME", "affinity", affinity, ("knn", "rbf", "linear"))
         self.k = _checks.positive_int("LAME", "k", k)
         self.weight = _checks.non_negative("LAME", "weight", weight)

@@ -33,6 +33,8 @@ class StyleShifting(Method):
         L2 distance of [mean, std] above which to shift, at least 0. None: shift every sample.
     eps : float
         Added to variances.
+    seed : int
+        Seed of the method's generator; nothing is drawn from it.
 
     Raises
     ------
@@ -55,11 +57,12 @@ class StyleShifting(Method):
     torch.Size([3, 2])
     """
 
-    def __init__(self, model: nn.Module, styles: Styles, threshold: float | None = None, *, eps: float = 1e-5) -> None:
-        if threshold is not None:
-            threshold = _checks.non_negative("StyleShifting", "threshold", threshold)
+    def __init__(
+        self, model: nn.Module, styles: Styles, threshold: float | None = None, *, eps: float = 1e-5, seed: int = 0
+    ) -> None:
+        threshold = _checks.threshold("StyleShifting", "threshold", threshold)
         eps = _checks.positive("StyleShifting", "eps", eps)
-        super().__init__(model)
+        super().__init__(model, seed=seed)
         if not isinstance(styles, Mapping):
             expected = "a mapping of layer name to (style_mean, style_std)"
             raise self._error("styles", expected, type(styles).__name__, ArgumentTypeError)

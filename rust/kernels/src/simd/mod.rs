@@ -2,8 +2,8 @@
 //!
 //! A loop body is written once, over fixed-width lanes, and compiled for several instruction sets; [`dispatch`] picks
 //! the widest one the processor has, once per block of work. The order of every sum is fixed by the lanes, not by the
-//! instruction set, so sums have the same bits everywhere; `exp` and `log` use fused multiply-add where there is one
-//! and may differ in the last bit between instruction sets (never between thread counts).
+//! instruction set, so sums have the same bits everywhere; `exp`, `log` and inner products use fused multiply-add where
+//! there is one and may differ in the last bit between instruction sets (never between thread counts).
 
 mod element;
 mod math;
