@@ -136,6 +136,7 @@ def _first_order_only(name: str, backward: Callable[..., Any]) -> Callable[..., 
     def wrapped(ctx: Any, *gradients: Any) -> Any:
         with torch.no_grad():
             results = backward(ctx, *gradients)
+        results = (results,) if isinstance(results, Tensor) else results
         if not torch.is_grad_enabled():
             return results
         # create_graph=True: the results depend on these tensors in a way that cannot be differentiated.
