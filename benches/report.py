@@ -11,13 +11,15 @@ from pathlib import Path
 import matplotlib as mpl
 
 import bench_norm
+import bench_ot
+import bench_sort
 import bench_tta
 from harness import Result, machine, refuse_debug_build
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-FAMILIES = {"norm": bench_norm.results, "tta": bench_tta.results}
+FAMILIES = {"norm": bench_norm.results, "ot": bench_ot.results, "sort": bench_sort.results, "tta": bench_tta.results}
 
 
 def milliseconds(value: float) -> str:

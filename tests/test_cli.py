@@ -92,7 +92,13 @@ def test_info_names_version_build_threads_and_torch(capsys):
 
 def test_demo_help_lists_demos_and_adapt_help_lists_options(capsys):
     assert exit_code(["demo", "--help"]) == 0
-    assert "adapt" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "adapt" in text
+    assert "transport" in text
+    assert exit_code(["demo", "transport", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--seed", "--out", "--quick"):
+        assert option in text
     assert exit_code(["demo", "adapt", "--help"]) == 0
     text = capsys.readouterr().out
     for option in ("--seed", "--severity", "--batch-size", "--methods", "--out", "--quick"):
@@ -108,6 +114,9 @@ def test_demo_help_lists_demos_and_adapt_help_lists_options(capsys):
         (["demo", "--seed", "-1"], "seed"),
         (["demo", "--methods", "source,nope"], "unknown 'nope'; known are source"),
         (["demo", "nope"], "nope"),
+        (["demo", "transport", "--seed", "-1"], "seed: expected a whole number"),
+        (["demo", "transport", "--seed", "x"], "--seed"),
+        (["demo", "transport", "--methods", "tent"], "--methods"),
     ],
 )
 def test_wrong_demo_arguments_are_usage_errors(arguments, message, capsys, tmp_path, monkeypatch):
@@ -121,20 +130,23 @@ def test_wrong_demo_arguments_are_usage_errors(arguments, message, capsys, tmp_p
 
 
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib", "rich"])
-def test_a_missing_optional_package_is_one_line(package, tmp_path):
-    code = f"import sys; sys.modules[{package!r}] = None; from shiftkern.cli import main; sys.exit(main(['demo']))"
+@pytest.mark.parametrize("demo", ["adapt", "transport"])
+def test_a_missing_optional_package_is_one_line(package, demo, tmp_path):
+    run = f"from shiftkern.cli import main; sys.exit(main(['demo', {demo!r}]))"
+    code = f"import sys; sys.modules[{package!r}] = None; {run}"
     done = shiftkern_command(code=code, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"shiftkern: error: the demo needs {package}: pip install 'shiftkern[demo]'\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_folder_that_cannot_be_made_is_one_line(capsys, tmp_path):
+@pytest.mark.parametrize("demo", ["adapt", "transport"])
+def test_an_output_folder_that_cannot_be_made_is_one_line(demo, capsys, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     (tmp_path / "file").write_text("")
-    assert exit_code(["demo", "--quick", "--out", str(tmp_path / "file" / "out")]) == 1
+    assert exit_code(["demo", demo, "--quick", "--out", str(tmp_path / "file" / "out")]) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("shiftkern: error: ")
     assert errors.count("\n") == 1

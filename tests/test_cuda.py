@@ -20,6 +20,7 @@ from shiftkern.norm import (
     style_shift,
     unmix_norm,
 )
+from shiftkern.ot import sinkhorn, sinkhorn_assign, sinkhorn_batch, sinkhorn_partial, sinkhorn_samples
 from shiftkern.tta import LAME, OSUDA, RMT, BatchNormAdapt, CoTTA, Tent, UnMix, lame
 
 pytestmark = pytest.mark.cuda
@@ -119,6 +120,55 @@ def test_lame_agrees(affinity: str) -> None:
     features = data((60, 20), torch.float64, seed=3)
     want = lame(probs, features, affinity=affinity, weight=0.5)
     torch.testing.assert_close(lame(probs.cuda(), features.cuda(), affinity=affinity, weight=0.5).cpu(), want)
+
+
+_TRANSPORT = {
+    "log": lambda M, X, Y, a, b: sinkhorn(a, b, M, 0.5),
+    "scaling": lambda M, X, Y, a, b: sinkhorn(a, b, M, 0.5, method="scaling", omega=1.2),
+    "annealed": lambda M, X, Y, a, b: sinkhorn(None, None, M, 0.5, reg_init=4.0, update_order="gf"),
+    "implicit": lambda M, X, Y, a, b: sinkhorn(a, b, M, 0.5, grad="implicit"),
+    "kl": lambda M, X, Y, a, b: sinkhorn(a, b, M, 0.5, reg_m=(1.0, 2.0), grad="implicit"),
+    "tv": lambda M, X, Y, a, b: sinkhorn(a, b, M, 0.5, reg_m=0.5, reg_m_type="tv"),
+    "partial": lambda M, X, Y, a, b: sinkhorn_partial(a, b, M, 0.5, 0.6),
+    "sqeuclidean": lambda M, X, Y, a, b: sinkhorn_samples(X, Y, 2.0, a, b),
+    "euclidean": lambda M, X, Y, a, b: sinkhorn_samples(X, Y, 1.0, a, b, cost="euclidean"),
+    "cosine": lambda M, X, Y, a, b: sinkhorn_samples(X, Y, 0.5, a, b, cost="cosine"),
+}
+
+
+@pytest.mark.parametrize("name", _TRANSPORT)
+@pytest.mark.parametrize("empty", [False, True])
+def test_transport_agrees(name: str, empty: bool) -> None:
+    X, Y = data((30, 3), torch.float64), data((20, 3), torch.float64, seed=1)
+    a, b = data((30,), torch.float64, seed=2).softmax(0), data((20,), torch.float64, seed=3).softmax(0)
+    if empty:
+        a[3], b[4] = 0.0, 0.0
+        a, b = a / a.sum(), b / b.sum()
+    found: list[list[Tensor]] = []
+    for move in (Tensor.cuda, Tensor.cpu):
+        leaves = [move(t).requires_grad_() for t in ((X[:, None] - Y).abs().sum(2), X, Y, a, b)]
+        result = _TRANSPORT[name](*leaves)
+        assert result.converged
+        total = result.value + result.value_dual + (result.value_linear if result.plan().requires_grad else 0.0)
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        tensors = [result.f, result.g, result.value_linear, result.value_kl, result.value_entropy, total]
+        tensors += [result.plan(), result.apply(leaves[2].detach()), result.apply_t(leaves[1].detach())]
+        tensors += [result.barycentric(leaves[2].detach()), *result.marginals(), result.plan_csr(1e-6).to_dense()]
+        found.append([*tensors, *(g for g in gradients if g is not None)])
+    for cuda, cpu in zip(*found, strict=True):
+        assert cuda.is_cuda
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-7, atol=1e-9, equal_nan=True)
+
+
+def test_transport_of_batches_and_assignments_agrees() -> None:
+    M, lengths = data((4, 6, 5), torch.float64).abs(), torch.tensor([[6, 5], [3, 5], [1, 1], [4, 2]])
+    reg = torch.tensor([0.3, 0.5, 1.0, 2.0], dtype=torch.float64)
+    cpu = sinkhorn_batch(M, reg, lengths=lengths)
+    cuda = sinkhorn_batch(M.cuda(), reg.cuda(), lengths=lengths.cuda())
+    assert cuda.status == cpu.status
+    torch.testing.assert_close(cuda.plan().cpu(), cpu.plan())
+    torch.testing.assert_close(cuda.value.cpu(), cpu.value)
+    torch.testing.assert_close(sinkhorn_assign(M[0].cuda()).cpu(), sinkhorn_assign(M[0]))
 
 
 def network() -> nn.Module:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shiftkern import norm, tta
+from shiftkern import norm, ot, tta
 
 from helpers import process
 
@@ -90,3 +90,8 @@ def test_the_recipe_is_included_in_the_site():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert text.count("--8<-- [start:kernel]") == text.count("--8<-- [end:kernel]") == 1
     assert '--8<-- "CONTRIBUTING.md:kernel"' in (ROOT / "docs" / "adding-a-kernel.md").read_text()
+
+
+@pytest.mark.parametrize("public", ot.__all__)
+def test_the_guide_to_ot_describes(public: str):
+    assert re.search(rf"`{public}(?!\w)", (ROOT / "docs" / "guide-ot.md").read_text())

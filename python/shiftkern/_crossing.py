@@ -6,16 +6,17 @@ makes such tuples, and only of contiguous CPU tensors; callers keep the tensor a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shiftkern._checks import refuse_type
+from shiftkern._checks import describe, refuse_type
 from shiftkern._runtime import get_num_threads as threads
 
-__all__ = ["View", "from_numpy", "optional_view", "threads", "view"]
+__all__ = ["View", "accept", "from_numpy", "optional_view", "threads", "view"]
 
 View: TypeAlias = tuple[int, int, int]
 
@@ -48,3 +49,41 @@ def from_numpy(op: str, name: str, array: np.ndarray[Any, Any]) -> Tensor:
     # torch knows neither foreign byte orders nor negative strides nor read-only memory.
     fits = array.dtype.isnative and array.flags.writeable and all(stride >= 0 for stride in array.strides)
     return torch.from_numpy(array if fits else array.astype(native, order="C"))
+
+
+def accept(op: str, **values: Any) -> tuple[tuple[Any, ...], Callable[[Any], Any]]:
+    """See arguments that are all tensors, or all NumPy arrays or sequences of numbers, as tensors.
+
+    Integers from NumPy or sequences become float64; None stays. The second result turns a tensor into the kind that
+    came in.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
+    if tensors:
+        for name, value in given.items():
+            if not isinstance(value, Tensor):
+                refuse_type(op, name, f"a torch.Tensor, as '{tensors[0]}' is one", describe(value))
+        return tuple(values.values()), _as_it_is
+    return tuple(_from_array_like(op, name, value) for name, value in values.items()), _to_numpy
+
+
+def _from_array_like(op: str, name: str, value: Any) -> Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes, dict, set)) or not hasattr(value, "__len__"):
+        refuse_type(op, name, "a torch.Tensor or a numpy.ndarray", describe(value))
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        refuse_type(op, name, "a sequence of numbers of equal lengths", describe(value))
+    if array.dtype.kind in "iu" or array.size == 0:
+        array = array.astype(np.float64)
+    return from_numpy(op, name, array)
+
+
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+def _to_numpy(value: Tensor) -> Any:
+    return value.detach().numpy()

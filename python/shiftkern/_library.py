@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from shiftkern.errors import NotDifferentiableError
 
-__all__ = ["OPERATORS", "define"]
+__all__ = ["OPERATORS", "define", "first_order_only"]
 
 _LIBRARY: Any = torch.library.Library("shiftkern", "DEF")  # type: ignore[no-untyped-call]
 
@@ -62,16 +62,16 @@ def define(
         if backward is None:
             torch.library.register_autograd(qualified, _refusal(name), lib=_LIBRARY)
         else:
-            formula, context = _first_order_only(name, backward), _noting_inputs(setup_context)
+            formula, context = first_order_only(name, backward), _noting_inputs(setup_context)
             torch.library.register_autograd(qualified, formula, setup_context=context, lib=_LIBRARY)
     OPERATORS.append(name)
-    return _direct(getattr(torch.ops.shiftkern, name).default, rust)
+    return _direct(name, getattr(torch.ops.shiftkern, name).default, rust)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _direct(operator: Callable[..., Any], rust: Callable[..., Any]) -> Callable[..., Any]:
+def _direct(name: str, operator: Callable[..., Any], rust: Callable[..., Any]) -> Callable[..., Any]:
     """Call the Rust path at once where torch's dispatcher could only come to the same end.
 
     That is eager code on plain CPU tensors without a gradient, a transform, a mode or a tracer. The way through the
@@ -95,6 +95,9 @@ def _direct(operator: Callable[..., Any], rust: Callable[..., Any]) -> Callable[
                     ):
                         return operator(*args)
             return rust(*args)
+        if not torch.compiler.is_compiling():
+            # Below torch.func.jvp the dispatcher shows an implementation no tangents.
+            _refuse_tangents(name, args)
         return operator(*args)
 
     return call
@@ -121,7 +124,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _noting_inputs(setup_context: Callable[..., None]) -> Callable[..., None]:
-    """Keep the differentiable inputs at hand, for :func:`_first_order_only`."""
+    """Keep the differentiable inputs at hand, for :func:`first_order_only`."""
 
     def wrapped(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.differentiable = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
@@ -130,7 +133,7 @@ def _noting_inputs(setup_context: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _first_order_only(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+def first_order_only(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a second derivative raise; without this its terms would be missing silently."""
 
     def wrapped(ctx: Any, *gradients: Any) -> Any:
@@ -148,15 +151,18 @@ def _first_order_only(name: str, backward: Callable[..., Any]) -> Callable[..., 
     return wrapped
 
 
-def _refusing_tangents(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     """Refuse forward-mode derivatives, which would vanish silently."""
+    if forward_ad._current_level >= 0:
+        for argument in args:
+            for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+                    raise NotDifferentiableError(f"{name}: this operator has no forward-mode derivative")
 
+
+def _refusing_tangents(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            for argument in args:
-                for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
-                    if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-                        raise NotDifferentiableError(f"{name}: this operator has no forward-mode derivative")
+        _refuse_tangents(name, args)
         return implementation(*args)
 
     return wrapped

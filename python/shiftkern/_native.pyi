@@ -1,5 +1,7 @@
 """Types of the extension module; see ``rust/bindings``."""
 
+from typing import Any
+
 from shiftkern._crossing import View
 
 __all__ = [
@@ -11,12 +13,29 @@ __all__ = [
     "ema_update",
     "lame",
     "mixed_batch_norm",
+    "network_sort",
+    "network_sort_backward",
+    "plan",
+    "plan_apply",
+    "plan_apply_transposed",
+    "plan_count",
+    "plan_sums",
+    "plan_values",
+    "sinkhorn",
+    "sinkhorn_assign",
+    "sinkhorn_half_step",
+    "soft_order",
+    "soft_order_backward",
     "style_shift",
     "unmix_norm",
     "unmix_update",
 ]
 
 _Layout = tuple[int, int, int, int]
+_SoftOrder = tuple[bool, bool, float, bool]
+_NetworkSort = tuple[str, str, float, bool]
+_Source = tuple[View, View | None, int, str]
+_Potentials = tuple[View, View, float]
 
 def build_info() -> dict[str, str]: ...
 def channel_moments(
@@ -81,3 +100,64 @@ def lame(
     out: View,
     threads: int,
 ) -> tuple[list[float], bool]: ...
+def sinkhorn(
+    source: _Source,
+    weights: tuple[View, View],
+    reg: View,
+    tol: View,
+    start: tuple[View, View] | None,
+    options: dict[str, Any],
+    out: tuple[View, View, View, View, View],
+    threads: int,
+) -> None: ...
+def sinkhorn_half_step(
+    m: View,
+    weights: tuple[View, View],
+    reg: float,
+    start: tuple[View, View],
+    f: View,
+    logs: View,
+    threads: int,
+) -> None: ...
+def sinkhorn_assign(scores: View, rows: int, reg: float, n_iter: int, out: View, threads: int) -> None: ...
+def plan_sums(source: _Source, by: _Potentials, rows: View, columns: View, threads: int) -> float: ...
+def plan(m: View, columns: int, by: _Potentials, out: View, threads: int) -> None: ...
+def plan_apply(
+    source: _Source, by: _Potentials, v: View, width: int, per_cost: bool, out: View, threads: int
+) -> None: ...
+def plan_apply_transposed(
+    m: View, columns: int, by: _Potentials, v: View, width: int, out: View, threads: int
+) -> None: ...
+def plan_count(source: _Source, by: _Potentials, threshold: float, out: View, threads: int) -> None: ...
+def plan_values(
+    source: _Source, by: _Potentials, threshold: float, starts: View, columns: View, values: View, threads: int
+) -> None: ...
+def soft_order(
+    x: View,
+    columns: int,
+    options: _SoftOrder,
+    y: View,
+    order: View,
+    first: View,
+    threads: int,
+) -> None: ...
+def soft_order_backward(
+    grad_y: View,
+    x: View,
+    order: View,
+    first: View,
+    columns: int,
+    options: _SoftOrder,
+    grad: View,
+    threads: int,
+) -> None: ...
+def network_sort(x: View, columns: int, options: _NetworkSort, sorted: View, p: View, threads: int) -> None: ...
+def network_sort_backward(
+    grad_sorted: View,
+    grad_p: View | None,
+    x: View,
+    columns: int,
+    options: _NetworkSort,
+    grad: View,
+    threads: int,
+) -> None: ...

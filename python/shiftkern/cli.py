@@ -100,7 +100,9 @@ def _add_demo(commands: Commands) -> None:
         help="watch the library at work on real data",
         description="Watch the library at work on real data. Without a name: adapt.",
     )
-    _add_demo_adapt(parser.add_subparsers(title="demos", metavar="DEMO", required=True))
+    demos = parser.add_subparsers(title="demos", metavar="DEMO", required=True)
+    _add_demo_adapt(demos)
+    _add_demo_transport(demos)
 
 
 def _add_demo_adapt(demos: Commands) -> None:
@@ -127,16 +129,51 @@ def _demo_adapt(args: argparse.Namespace) -> int:
         from shiftkern.demo.adapt import Options
         from shiftkern.demo.show import main as show
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _DEMO_PACKAGES:
-            raise
-        return _fail(f"the demo needs {missing}: pip install 'shiftkern[demo]'", 2)
+        return _missing(error)
     names = () if args.methods == "all" else [name.strip() for name in args.methods.split(",")]
     try:
         options = Options(args.seed, args.severity, args.batch_size, names, args.quick)
     except ValueError as error:
         args.parser.error(str(error))
     return show(options, args.out)
+
+
+def _add_demo_transport(demos: Commands) -> None:
+    parser = demos.add_parser(
+        "transport",
+        help="colours moved between two photographs, and training digits moved to shifted ones",
+        description="Move the colours of two photographs onto each other, and training digits onto shifted ones, by "
+        "entropic optimal transport; print costs, distances, accuracies and times, and write two pictures. Takes less "
+        "than a minute; --quick a few seconds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides pixels, data split and noise")
+    parser.add_argument(
+        "--out", type=Path, default=Path("shiftkern-demo"), metavar="DIR", help="where to write pictures and results"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer pixels, fewer digits")
+    parser.set_defaults(run=_demo_transport, parser=parser)
+
+
+def _demo_transport(args: argparse.Namespace) -> int:
+    try:
+        from shiftkern.demo.transport import Options
+        from shiftkern.demo.transport_show import main as show
+    except ModuleNotFoundError as error:
+        return _missing(error)
+    try:
+        options = Options(args.seed, args.quick)
+    except ValueError as error:
+        args.parser.error(str(error))
+    return show(options, args.out)
+
+
+def _missing(error: ModuleNotFoundError) -> int:
+    """Name the optional package that a demo lacks; anything else that is missing is a fault of ours."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _DEMO_PACKAGES:
+        raise error
+    return _fail(f"the demo needs {package}: pip install 'shiftkern[demo]'", 2)
 
 
 def _add_methods(commands: Commands) -> None:

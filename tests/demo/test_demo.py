@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from shiftkern.demo import show
+from shiftkern.demo import output
 from shiftkern.demo.adapt import METHODS, Options, Results, run
 from shiftkern.demo.findings import findings
 from shiftkern.demo.streams import CORRUPTIONS, ORDERS
@@ -174,7 +174,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        show._write(path, b"new")
+        output.write(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
     assert path.read_bytes() == b"old"
 

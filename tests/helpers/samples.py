@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shiftkern._ops import norm as ops
-from shiftkern._ops import tta
+from shiftkern._ops import ot, sort, tta
 
 from helpers.strategies import affine, lay_out, make
 
@@ -130,6 +130,185 @@ def _lame() -> list[Arguments]:
     ]
 
 
+_EXACT = ("exact", 0.0)
+_METRICS = ("sqeuclidean", "euclidean", "cosine")
+
+
+def _weights(rows: int, size: int, seed: int, empty: bool = False) -> Tensor:
+    weights = make((rows, size), torch.float64, seed).softmax(1)
+    if empty:
+        weights[0, 1] = 0.0
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _solver(
+    rows: tuple[str, float] = _EXACT,
+    columns: tuple[str, float] = _EXACT,
+    max_iter: int = 5,
+    reg_init: float | None = None,
+    omega: float = 1.0,
+    mass: float | None = None,
+    order: str = "fg",
+    scaling: bool = False,
+) -> Arguments:
+    return max_iter, reg_init, 0.5, omega, *rows, *columns, mass, order, scaling
+
+
+def _solvers() -> list[Arguments]:
+    return [
+        _solver(),
+        _solver(("kl", 0.7), ("kl", 2.0)),
+        _solver(("tv", 0.4), _EXACT),
+        _solver(("at_most", 0.0), ("at_most", 0.0), mass=0.6),
+        _solver(order="gf", reg_init=4.0),
+        _solver(omega=1.4, scaling=True),
+    ]
+
+
+def _sinkhorn() -> list[Arguments]:
+    out: list[Arguments] = []
+    layouts = ("contiguous", "sliced", "transposed")
+    reg = torch.tensor([0.5, 0.8, 1.3], dtype=torch.float64)
+    for i, solver in enumerate(_solvers()):
+        for dtype in (torch.float32, torch.float64):
+            # Costs of a few reg: the dtype of the costs bounds what the potentials are good for.
+            M = lay_out(make((3, 5, 4), dtype, i).square() / 4, layouts[i % 3])
+            a, b = _weights(3, 5, 1, empty=i % 2 == 0), _weights(3, 4, 2)
+            start = (make((3, 5), torch.float64, 3), make((3, 4), torch.float64, 4)) if i % 2 else (None, None)
+            out.append((M, a, b, reg, torch.full_like(reg, 1e-3 if i == 0 else 0.0), *start, *solver))
+    M, tol = make((2, 4, 3), torch.float64).square(), torch.zeros(2, dtype=torch.float64)
+    M[0, 1, 2] = torch.inf
+    for solver in (_solver(), _solver(("kl", 0.7), _EXACT)):
+        a, b = _weights(2, 4, 5), _weights(2, 3, 6)
+        out.append((_grads(M), _grads(a), _grads(b), reg[:2], tol, None, None, *solver))
+    return out
+
+
+def _points(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return make((6, 3), dtype, seed), lay_out(make((5, 3), dtype, seed + 1), "sliced")
+
+
+def _sinkhorn_samples() -> list[Arguments]:
+    reg = torch.tensor([0.9], dtype=torch.float64)
+    return [
+        (*_points(dtype), metric, _weights(1, 6, 1, empty=True), _weights(1, 5, 2), reg, 0 * reg, None, None, *solver)
+        for dtype in (torch.float32, torch.float64)
+        for metric, solver in zip(_METRICS, _solvers(), strict=False)
+    ]
+
+
+def _potentials(batch: int, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    f, g = make((batch, n), dtype, 3), make((batch, m), dtype, 4)
+    f[0, 1] = -torch.inf
+    return f, g, torch.linspace(0.6, 1.1, batch, dtype=torch.float64)
+
+
+def _transported() -> list[Arguments]:
+    out = []
+    for i, layout in enumerate(("contiguous", "sliced", "transposed")):
+        for dtype in (torch.float32, torch.float64):
+            M = make((2, 5, 4), dtype, i).square()
+            M[1, 2, 3] = torch.inf
+            M = lay_out(M, layout)
+            out.append((M, *_potentials(2, 5, 4, dtype)))
+    return out
+
+
+def _plans() -> list[Arguments]:
+    M, f, g, reg = _transported()[1]
+    return [*_transported(), (_grads(M), _grads(f), _grads(g), reg)]
+
+
+def _applied() -> list[Arguments]:
+    out: list[Arguments] = []
+    for i, (M, *rest) in enumerate(_transported()):
+        transposed = i % 2 == 1
+        V = make((2, 5 if transposed else 4, 3), M.dtype, 7)
+        out += [(M, *rest, V, transposed), (M, *rest, lay_out(V, "transposed").requires_grad_(), transposed)]
+    return out
+
+
+def _samples_transported() -> list[Arguments]:
+    return [
+        (*_points(dtype), metric, *_potentials(1, 6, 5, dtype))
+        for dtype in (torch.float32, torch.float64)
+        for metric in _METRICS
+    ]
+
+
+def _samples_applied() -> list[Arguments]:
+    out = []
+    for i, arguments in enumerate(_samples_transported()):
+        V = make((5, 4), arguments[0].dtype, 7)
+        out.append((*arguments, V.requires_grad_(i % 2 == 0), arguments[2] == "euclidean"))
+    return out
+
+
+def _assign() -> list[Arguments]:
+    return [
+        (lay_out(make((7, 4), dtype, i), layout), 0.3, 1 + 2 * i)
+        for i, layout in enumerate(("contiguous", "sliced", "transposed"))
+        for dtype in (torch.float32, torch.float64)
+    ]
+
+
+def _half_steps() -> list[Arguments]:
+    return [
+        (M[0], _weights(1, 5, 1)[0], _weights(1, 4, 2)[0], f[1].double(), g[1].double(), 0.7)
+        for M, f, g, _ in _transported()
+    ]
+
+
+def _matrices() -> list[Tensor]:
+    return [
+        make((3, 8), torch.float64, 1),
+        lay_out(make((2, 5), torch.float32, 2), "transposed"),
+        lay_out(make((4, 6), torch.float64, 3), "sliced"),
+        make((2, 1)),
+        make((0, 3)),
+        make((3, 0)),
+        _grads(make((2, 7), torch.float64, 4)),
+    ]
+
+
+def _soft_order() -> list[Arguments]:
+    options = [(ranks, kl, 0.7, ranks == kl) for ranks in (False, True) for kl in (False, True)]
+    return [(x, *option) for x in _matrices() for option in options]
+
+
+def _soft_order_backward() -> list[Arguments]:
+    out = []
+    for x, *options in _soft_order():
+        x = x.detach()
+        _, order, first = sort._order_torch(x, *options)
+        out.append((make(tuple(x.shape), x.dtype, 5), x, order, first, *options))
+    return out
+
+
+def _diffsort() -> list[Arguments]:
+    distributions = [
+        ("cauchy", 2.0, False),
+        ("reciprocal", 3.0, True),
+        ("optimal", 0.5, False),
+        ("logistic", 1.5, True),
+    ]
+    networks = ("bitonic", "odd_even")
+    return [
+        (x, networks[(i + j) % 2], *options)
+        for i, x in enumerate(_matrices())
+        for j, options in enumerate(distributions)
+    ]
+
+
+def _diffsort_backward() -> list[Arguments]:
+    out = []
+    for i, (x, *options) in enumerate(_diffsort()):
+        x = x.detach()
+        grad_p = make((*x.shape, x.shape[1]), x.dtype, 6) if i % 3 else None
+        out.append((make(tuple(x.shape), x.dtype, 5), grad_p, x, *options))
+    return out
+
+
 SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "channel_moments": _moments,
     "channel_affine": lambda: _with_coefficients(3, gradient=False),
@@ -143,6 +322,19 @@ SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "style_shift": _style,
     "ema_update_": _ema,
     "lame": _lame,
+    "soft_order": _soft_order,
+    "soft_order_backward": _soft_order_backward,
+    "diffsort": _diffsort,
+    "diffsort_backward": _diffsort_backward,
+    "sinkhorn": _sinkhorn,
+    "sinkhorn_samples": _sinkhorn_samples,
+    "transport_plan": _plans,
+    "transport_sums": _transported,
+    "samples_sums": _samples_transported,
+    "transport_apply": _applied,
+    "samples_apply": _samples_applied,
+    "sinkhorn_assign": _assign,
+    "sinkhorn_half_step": _half_steps,
 }
 
 #: The implementation in Rust and the one in torch operations.
@@ -159,6 +351,19 @@ PATHS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "style_shift": (ops._style_rust, ops._style_torch),
     "ema_update_": (ops._ema_rust, ops._ema_torch),
     "lame": (tta._lame_rust, tta._lame_torch),
+    "soft_order": (sort._order_rust, sort._order_torch),
+    "soft_order_backward": (sort._order_backward_rust, sort._order_backward_torch),
+    "diffsort": (sort._diffsort_rust, sort._diffsort_torch),
+    "diffsort_backward": (sort._diffsort_backward_rust, sort._diffsort_backward_torch),
+    "sinkhorn": (ot._sinkhorn_rust, ot._sinkhorn_torch),
+    "sinkhorn_samples": (ot._samples_rust, ot._samples_torch),
+    "transport_plan": (ot._plan_rust, ot._plan_torch),
+    "transport_sums": (ot._sums_rust, ot._sums_torch),
+    "samples_sums": (ot._samples_sums_rust, ot._samples_sums_torch),
+    "transport_apply": (ot._apply_rust, ot._apply_torch),
+    "samples_apply": (ot._samples_apply_rust, ot._samples_apply_torch),
+    "sinkhorn_assign": (ot._assign_rust, ot._assign_torch),
+    "sinkhorn_half_step": (ot._half_step_rust, ot._half_step_torch),
 }
 
 

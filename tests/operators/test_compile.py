@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shiftkern import norm
+from shiftkern import norm, ot
 
 from helpers.strategies import affine, lay_out, make
 
@@ -112,3 +112,93 @@ def test_dynamic_batch_size_does_not_recompile():
         x = make((size, 3, 4))
         assert torch.equal(run(x), norm.mixed_batch_norm(x, mean, var, weight, bias, source_weight=0.4))
     assert counter.frame_count == 1
+
+
+_TRANSPORT = {
+    "value": lambda M, *_: ot.sinkhorn(None, None, M, 0.5).value,
+    "value_dual": lambda M, *_: ot.sinkhorn(None, None, M, 0.5).value_dual,
+    "value_of_weights": lambda M, X, Y, a, b: ot.sinkhorn(a, b, M, 0.5, method="auto", reg_init=2.0, omega=1.2).value,
+    "value_of_points": lambda M, X, Y, *_: ot.sinkhorn_samples(X, Y, 2.0).value,
+    "value_of_directions": lambda M, X, Y, *_: ot.sinkhorn_samples(X, Y, 0.5, cost="cosine").value,
+    "value_unbalanced": lambda M, X, Y, a, b: ot.sinkhorn(a, b, M, 0.5, reg_m=1.0, update_order="gf").value,
+    "value_partial": lambda M, X, Y, a, b: ot.sinkhorn_partial(a, b, M, 0.5, 0.5).value,
+    "value_of_parts": lambda M, *_: (
+        ot.sinkhorn_batch(
+            torch.stack([M, M * 2]), torch.tensor([0.5, 1.0]), lengths=torch.tensor([[3, 4], [6, 5]])
+        ).value
+    ),
+    "plan": lambda M, X, Y, a, b: ot.sinkhorn(a, b, M, 0.5, grad="implicit").plan(),
+    "barycentric": lambda M, X, Y, a, b: ot.sinkhorn(a, b, M, 0.5, grad="implicit").barycentric(Y),
+    "apply": lambda M, X, Y, *_: ot.sinkhorn(None, None, M, 0.5).apply(Y),
+    "warmstart": lambda M, *_: ot.sinkhorn(None, None, M, 0.5, warmstart=ot.sinkhorn(None, None, M, 0.6)).value,
+    "detached": lambda M, *_: ot.sinkhorn(None, None, M, 0.5, grad="detach").plan(),
+    "assignment": lambda M, *_: ot.sinkhorn_assign(M.detach()),
+}
+
+
+def _transport():
+    M, X, Y, a, b = (make(shape, torch.float64, i) for i, shape in enumerate([(6, 5), (6, 3), (5, 3), (6,), (5,)]))
+    return [t.requires_grad_() for t in (M.abs(), X, Y, a.softmax(0), b.softmax(0))]
+
+
+@pytest.mark.parametrize("name", _TRANSPORT)
+def test_compiled_transport_equals_eager(name):
+    function = _TRANSPORT[name]
+    eager_leaves, compiled_leaves = _transport(), _transport()
+    eager = function(*eager_leaves)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled_leaves)
+    # Compiled, totals are taken to be equal, not made so.
+    torch.testing.assert_close(compiled, eager)
+    assert compiled.requires_grad == eager.requires_grad == (name not in ("detached", "assignment"))
+    if eager.requires_grad:
+        eager.square().sum().backward()
+        compiled.square().sum().backward()
+        for ours, theirs in zip(compiled_leaves, eager_leaves, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_result_leaves_the_compiled_function():
+    M = make((6, 5)).abs()
+    solve = torch.compile(lambda M: ot.sinkhorn(None, None, M, 0.5), fullgraph=True, backend="aot_eager")
+    compiled, eager = solve(M), ot.sinkhorn(None, None, M, 0.5)
+    assert repr(compiled) == repr(eager)
+    assert torch.equal(compiled.plan(), eager.plan())
+    assert compiled.converged
+
+
+def test_transport_of_dynamic_size_does_not_recompile():
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def value(M, X, Y):
+        return ot.sinkhorn(None, None, M, 0.5).value + ot.sinkhorn_samples(X, Y, 2.0).value
+
+    run = torch.compile(value, backend=counter, dynamic=True, fullgraph=True)
+    for size in (5, 6, 9):
+        arguments = make((size, size + 1)).abs(), make((size, 3)), make((size + 1, 3), seed=1)
+        assert torch.equal(run(*arguments), value(*arguments))
+    assert counter.frame_count == 1
+
+
+class _Assigner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.prototypes = nn.Linear(4, 5)
+
+    def forward(self, x):
+        scores = self.prototypes(x)
+        result = ot.sinkhorn(None, None, 1 - scores.tanh(), 0.5)
+        return ot.sinkhorn_assign(scores.detach()), result.value, result.plan()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_transport_equals_eager(strict):
+    torch.manual_seed(0)
+    model = _Assigner()
+    shapes = ({0: torch.export.Dim("n", min=2, max=64)},)
+    program = torch.export.export(model, (make((6, 4)),), strict=strict, dynamic_shapes=shapes)
+    x = make((9, 4), seed=1)
+    for ours, theirs in zip(program.module()(x), model(x), strict=True):
+        assert torch.equal(ours, theirs)
+    parts = [part for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    called = {str(node.target) for part in parts for node in part.graph.nodes}
+    assert {"shiftkern.sinkhorn.default", "shiftkern.sinkhorn_assign.default"} <= called

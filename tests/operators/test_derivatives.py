@@ -8,6 +8,7 @@ from torch.autograd import forward_ad, grad
 
 from shiftkern import NotDifferentiableError
 from shiftkern.norm import channel_moments, mixed_batch_norm, mixed_batch_norm_, style_shift, unmix_norm
+from shiftkern.ot import sinkhorn
 
 
 def inputs():
@@ -22,6 +23,7 @@ FUNCTIONS = {
     "unmix_norm": lambda x, m, v, w: unmix_norm(x, torch.eye(3).double(), torch.ones(3, 3).double(), w)[0],
     "style_shift": lambda x, m, v, w: style_shift(x, m, v),
     "channel_moments": lambda x, m, v, w: channel_moments(x).m2,
+    "sinkhorn": lambda x, m, v, w: sinkhorn(None, None, x[:, :, 0], 1.0, grad="implicit").f,
 }
 
 
@@ -58,6 +60,13 @@ def test_forward_mode_raises(name: str):
             FUNCTIONS[name](dual, *rest)
         # Without a tangent there is nothing to lose.
         FUNCTIONS[name](x, *rest)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_forward_mode_by_transform_raises(name: str):
+    x, *rest = (t.detach() for t in inputs())
+    with pytest.raises(NotDifferentiableError, match=f"{name}: .*forward-mode"):
+        torch.func.jvp(lambda x: FUNCTIONS[name](x, *rest), (x,), (x,))
 
 
 def test_forward_mode_raises_in_place():

@@ -5,7 +5,7 @@ from helpers.process import output
 _PRELUDE = """
     import os, signal, sys
     import torch, shiftkern
-    from shiftkern import norm
+    from shiftkern import norm, ot
 
     torch.set_num_threads(1)
     shiftkern.set_num_threads(3)
@@ -18,7 +18,10 @@ _PRELUDE = """
         s = norm.style_shift(x, torch.zeros(6), torch.ones(6))
         t = x.clone()
         norm.ema_update_([t], [y], 0.5)
-        return [m.mean, m.m2, y, z, s, t]
+        dense = ot.sinkhorn(None, None, x[0, 0, :6000].view(200, 30).abs(), 0.5)
+        sampled = ot.sinkhorn_samples(x[0, 1, :3000].view(-1, 3), x[0, 2, :300].view(-1, 3), 2.0)
+        assigned = ot.sinkhorn_assign(x[:, 0, :1000].T)
+        return [m.mean, m.m2, y, z, s, t, dense.f, dense.plan(), dense.value, sampled.f, sampled.value, assigned]
 
     def child(body):
         pid = os.fork()
@@ -80,12 +83,16 @@ def test_data_loader_workers():
         def __getitem__(self, i):
             if i % 2:
                 shiftkern.set_num_threads(2)
-            return norm.channel_moments(x + i).mean, shiftkern.get_num_threads()
+            return solve(i), shiftkern.get_num_threads()
+
+    def solve(i):
+        costs = x[0, 0, :9000].view(300, 30).abs() + i
+        return torch.cat([norm.channel_moments(x + i).mean, ot.sinkhorn(None, None, costs, 0.5).f.double()])
 
     loader = DataLoader(Data(), batch_size=3, num_workers=2, multiprocessing_context="fork")
     for _ in range(2):
-        means = torch.cat([mean for mean, _ in loader])
-        assert torch.equal(means, torch.stack([norm.channel_moments(x + i).mean for i in range(12)]))
+        found = torch.cat([solved for solved, _ in loader])
+        assert torch.equal(found, torch.stack([solve(i) for i in range(12)]))
     print("done")
     """
     assert output(script) == "done"

@@ -6,6 +6,7 @@ import torch
 import shiftkern
 from shiftkern import ArgumentError, ArgumentTypeError, _runtime
 from shiftkern.norm import channel_moments, mixed_batch_norm
+from shiftkern.ot import sinkhorn
 
 from helpers.process import output, run
 from helpers.strategies import affine, make
@@ -77,6 +78,8 @@ def test_python_threads_calling_at_once_get_equal_bits():
     x, arguments = make((8, 6, 10007)), affine(6)
     shiftkern.set_num_threads(2)
     expected = channel_moments(x).m2, mixed_batch_norm(x, *arguments, source_weight=0.3)
+    costs = x[0, 0, :9000].view(300, 30).abs()
+    plan = sinkhorn(None, None, costs, 0.5).plan()
     wrong: list[str] = []
 
     def work() -> None:
@@ -85,6 +88,8 @@ def test_python_threads_calling_at_once_get_equal_bits():
                 wrong.append("moments")
             if not torch.equal(mixed_batch_norm(x, *arguments, source_weight=0.3), expected[1]):
                 wrong.append("norm")
+            if not torch.equal(sinkhorn(None, None, costs, 0.5).plan(), plan):
+                wrong.append("transport")
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(6)]
     for worker in workers:

@@ -6,7 +6,6 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from types import MappingProxyType
@@ -86,8 +85,7 @@ class Options:
     quick: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {self.seed}")
+        digits.check_seed(self.seed)
         if self.severity not in range(1, 6):
             raise ValueError(f"severity: expected 1 to 5, got {self.severity}")
         if self.batch_size < 2:
@@ -142,18 +140,7 @@ def _predict(adapted: tta.Method, stream: Stream, batch_size: int) -> Iterator[t
         yield scores.detach().argmax(1) == labels, seconds
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Images this small gain nothing from more threads, and results then do not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@digits.one_thread()
 def run(options: Options, progress: Callable[[str, float], None] = lambda _message, _share: None) -> Results:
     """
     Train the network, then run every method over every stream.

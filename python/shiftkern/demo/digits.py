@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CLASSES", "Digits", "build_network", "load", "train"]
+__all__ = ["CLASSES", "Digits", "build_network", "check_seed", "load", "one_thread", "train"]
 
 CLASSES = 10
 _TEST = 896  # half of the 1797 images, and a multiple of the default batch size 64
@@ -23,6 +25,12 @@ class Digits:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed}")
 
 
 def load(seed: int) -> Digits:
@@ -46,6 +54,17 @@ def load(seed: int) -> Digits:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     test, train_ = order[:_TEST], order[_TEST:]
     return Digits(images[train_], labels[train_], images[test], labels[test])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Images this small gain nothing from more threads, and results then do not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def build_network(seed: int, width: int = 16) -> nn.Sequential:

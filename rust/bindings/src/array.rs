@@ -186,3 +186,26 @@ macro_rules! with_float {
     };
 }
 pub(crate) use with_float;
+
+/// As [`with_float`], for operators that know only the types that arithmetic is done in.
+macro_rules! with_real {
+    ($view:expr, $op:expr, $T:ident => $body:expr) => {
+        match $view.code() {
+            0 => {
+                type $T = f32;
+                $body
+            }
+            1 => {
+                type $T = f64;
+                $body
+            }
+            code => Err(shiftkern_kernels::KernelError::argument(
+                $op,
+                "dtype",
+                "float32 or float64",
+                format!("type code {code}"),
+            )),
+        }
+    };
+}
+pub(crate) use with_real;

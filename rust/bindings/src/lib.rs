@@ -6,7 +6,9 @@
 
 mod array;
 mod norm;
+mod ot;
 mod run;
+mod sort;
 mod tta;
 
 use pyo3::prelude::*;
@@ -32,6 +34,13 @@ mod _native {
         channel_affine, channel_combine, channel_dot, channel_moments, ema_update, mixed_batch_norm, style_shift,
         unmix_norm, unmix_update,
     };
+    #[pymodule_export]
+    use crate::ot::{
+        plan, plan_apply, plan_apply_transposed, plan_count, plan_sums, plan_values, sinkhorn, sinkhorn_assign,
+        sinkhorn_half_step,
+    };
+    #[pymodule_export]
+    use crate::sort::{network_sort, network_sort_backward, soft_order, soft_order_backward};
     #[pymodule_export]
     use crate::tta::lame;
 }

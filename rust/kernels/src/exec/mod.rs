@@ -6,8 +6,10 @@
 
 mod io;
 mod pool;
+mod scratch;
 
 pub use io::{Block, Io};
+pub use scratch::with_scratch;
 
 use crate::KernelError;
 use std::cell::Cell;

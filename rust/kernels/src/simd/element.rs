@@ -1,6 +1,6 @@
 //! Element types and the types they are computed in.
 
-use super::reduce::Reductions;
+use super::reduce::{Reductions, fold};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::ops::{Add, Div, Mul, Sub};
@@ -26,9 +26,21 @@ pub trait Real:
     /// Width of a packed panel: two 512-bit registers.
     const PANEL: usize;
     /// One row of a register tile of inner products.
-    type Panel: AsRef<[Self]>;
+    type Panel: AsRef<[Self]> + AsMut<[Self]> + Copy;
+    /// A panel row of zeros.
+    const ZERO_PANEL: Self::Panel;
     /// Inner products of `TILE_ROWS` rows with the columns of a packed panel.
     fn tile_products<const FMA: bool>(rows: [&[Self]; TILE_ROWS], panel: &[Self]) -> [Self::Panel; TILE_ROWS];
+    /// Squared Euclidean distances of `TILE_ROWS` rows to the columns of a packed panel, from the differences.
+    fn tile_distances<const FMA: bool>(rows: [&[Self]; TILE_ROWS], panel: &[Self]) -> [Self::Panel; TILE_ROWS];
+    /// Inner products of `TILE_ROWS` rows with one vector, all of one length in whole panels.
+    fn row_products<const FMA: bool>(rows: [&[Self]; TILE_ROWS], vector: &[Self]) -> [f64; TILE_ROWS];
+    /// `sums += sum_r factors_r * rows_r`, all of one length in whole panels.
+    fn add_rows<const FMA: bool>(rows: [&[Self]; TILE_ROWS], factors: [Self; TILE_ROWS], sums: &mut [Self]);
+    /// Sum of a panel row, in `f64` and in a fixed order.
+    fn sum_panel(panel: &Self::Panel) -> f64;
+    /// Square root.
+    fn root(self) -> Self;
     /// Rounds to nearest.
     fn from_f64(value: f64) -> Self;
     /// Exact.
@@ -42,6 +54,7 @@ macro_rules! real {
         impl Real for $type {
             const PANEL: usize = $panel;
             type Panel = [$type; $panel];
+            const ZERO_PANEL: Self::Panel = [0.0; $panel];
             #[inline(always)]
             fn tile_products<const FMA: bool>(
                 rows: [&[$type]; TILE_ROWS],
@@ -60,6 +73,61 @@ macro_rules! real {
                     }
                 }
                 acc
+            }
+            #[inline(always)]
+            fn tile_distances<const FMA: bool>(
+                rows: [&[$type]; TILE_ROWS],
+                panel: &[$type],
+            ) -> [Self::Panel; TILE_ROWS] {
+                let mut acc = [[0.0 as $type; $panel]; TILE_ROWS];
+                let depth = rows[0].len();
+                let rows = rows.map(|row| &row[..depth]);
+                for (k, column) in panel.as_chunks::<$panel>().0.iter().take(depth).enumerate() {
+                    for r in 0..TILE_ROWS {
+                        let a = rows[r][k];
+                        for lane in 0..$panel {
+                            let difference = a - column[lane];
+                            acc[r][lane] = difference.mul_add_if::<FMA>(difference, acc[r][lane]);
+                        }
+                    }
+                }
+                acc
+            }
+            #[inline(always)]
+            fn row_products<const FMA: bool>(rows: [&[$type]; TILE_ROWS], vector: &[$type]) -> [f64; TILE_ROWS] {
+                let mut acc = [[0.0 as $type; $panel]; TILE_ROWS];
+                let vector = vector.as_chunks::<$panel>().0;
+                let rows = rows.map(|row| &row.as_chunks::<$panel>().0[..vector.len()]);
+                for (k, v) in vector.iter().enumerate() {
+                    for r in 0..TILE_ROWS {
+                        for lane in 0..$panel {
+                            acc[r][lane] = rows[r][k][lane].mul_add_if::<FMA>(v[lane], acc[r][lane]);
+                        }
+                    }
+                }
+                acc.map(|acc| fold(acc.map(f64::from)))
+            }
+            #[inline(always)]
+            fn add_rows<const FMA: bool>(rows: [&[$type]; TILE_ROWS], factors: [$type; TILE_ROWS], sums: &mut [$type]) {
+                let sums = sums.as_chunks_mut::<$panel>().0;
+                let rows = rows.map(|row| &row.as_chunks::<$panel>().0[..sums.len()]);
+                for (k, sums) in sums.iter_mut().enumerate() {
+                    let mut acc = *sums;
+                    for r in 0..TILE_ROWS {
+                        for lane in 0..$panel {
+                            acc[lane] = rows[r][k][lane].mul_add_if::<FMA>(factors[r], acc[lane]);
+                        }
+                    }
+                    *sums = acc;
+                }
+            }
+            #[inline(always)]
+            fn sum_panel(panel: &Self::Panel) -> f64 {
+                fold(panel.map(f64::from))
+            }
+            #[inline(always)]
+            fn root(self) -> Self {
+                self.sqrt()
             }
             #[inline(always)]
             fn from_f64(value: f64) -> Self {

@@ -105,7 +105,7 @@ reductions!(f64, 32);
 
 /// Adds the lanes in `f64`, in a fixed order: column by column of an eight-lane register, then in a tree.
 #[inline(always)]
-fn fold<const N: usize>(lanes: [f64; N]) -> f64 {
+pub(super) fn fold<const N: usize>(lanes: [f64; N]) -> f64 {
     let mut eight = [0.0; 8];
     for row in lanes.as_chunks::<8>().0 {
         for lane in 0..8 {

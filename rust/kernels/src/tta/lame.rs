@@ -1,7 +1,7 @@
 //! LAME: Laplacian-adjusted maximum-likelihood estimation of a batch's class probabilities.
 
-use super::products::UnitRows;
 use crate::exec::for_each_chunk;
+use crate::packed::{PackedRows, unit_rows};
 use crate::simd::{Element, Real, Transcendental, Vectorized, dispatch};
 use crate::{KernelError, Par};
 
@@ -54,7 +54,7 @@ enum Matrix<R> {
     /// All entries, row by row.
     Dense(Vec<R>),
     /// `X X^T`, by its factor.
-    Factor(UnitRows<R>),
+    Factor(PackedRows<R>),
 }
 
 /// Solves `Y <- softmax(log(P + 1e-10) + weight * W Y)` from `Y = P` until the energy settles.
@@ -81,7 +81,7 @@ pub fn lame<T: Element<Acc: Transcendental>>(
     if let Some(p) = probs.iter().find(|p| !(p.is_finite() && **p >= 0.0)) {
         return Err(KernelError::argument(OP, "probs", "finite probabilities >= 0", p.to_string()));
     }
-    let rows = UnitRows::new(features, n, width, par)?;
+    let rows = PackedRows::new(unit_rows(features, width, par)?, n, par)?;
     let lengths = rows.squared_lengths();
     if let Some(i) = lengths.iter().position(|length| !length.to_f64().is_finite()) {
         return Err(KernelError::argument(OP, "features", "finite values", format!("others in row {i}")));
@@ -98,7 +98,7 @@ pub fn lame<T: Element<Acc: Transcendental>>(
 }
 
 /// The `k` nearest other rows of each row, nearest first; equal distances go to the smaller index.
-fn nearest<R: Real>(rows: &UnitRows<R>, lengths: &[R], k: usize, par: Par<'_>) -> Result<Vec<u32>, KernelError> {
+fn nearest<R: Real>(rows: &PackedRows<R>, lengths: &[R], k: usize, par: Par<'_>) -> Result<Vec<u32>, KernelError> {
     let n = lengths.len();
     let mut index = vec![0_u32; n * k];
     if k == 0 {
@@ -165,7 +165,7 @@ impl<R: Real> Vectorized for Select<'_, R> {
     }
 }
 
-fn rbf<R: Transcendental>(rows: &UnitRows<R>, lengths: &[R], k: usize, par: Par<'_>) -> Result<Vec<R>, KernelError> {
+fn rbf<R: Transcendental>(rows: &PackedRows<R>, lengths: &[R], k: usize, par: Par<'_>) -> Result<Vec<R>, KernelError> {
     let n = lengths.len();
     let mut squares = vec![R::default(); n * n];
     let cost = (n * n) as f64 * (rows.width() as f64 / 60.0 + 1.0);
@@ -430,9 +430,9 @@ fn solve<R: Real>(
 }
 
 /// `X^T Y`, `(width, padded)`: partial sums over fixed blocks of rows, added in order.
-fn project<R: Real>(rows: &UnitRows<R>, y: &[f64], padded: usize, par: Par<'_>) -> Result<Vec<f64>, KernelError> {
+fn project<R: Real>(rows: &PackedRows<R>, y: &[f64], padded: usize, par: Par<'_>) -> Result<Vec<f64>, KernelError> {
     struct Part<'a, R> {
-        rows: &'a UnitRows<R>,
+        rows: &'a PackedRows<R>,
         first: usize,
         y: &'a [f64],
         padded: usize,

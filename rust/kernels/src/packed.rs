@@ -1,4 +1,4 @@
-//! Inner products of all pairs of rows, a block of rows at a time.
+//! Rows packed for register tiles, and the inner products of all pairs of rows.
 
 use crate::exec::for_each_chunk;
 use crate::simd::{Element, Real, Vectorized, dispatch};
@@ -7,30 +7,35 @@ use crate::{KernelError, Par};
 /// Rows per register tile.
 const TILE_ROWS: usize = crate::simd::TILE_ROWS;
 
-/// Rows of unit length, packed so that inner products read memory in order.
+/// Rows, packed so that inner products read memory in order.
 ///
 /// `rows` holds the rows as they are; `panels` holds panels of `R::PANEL` rows, transposed: element `k` of all rows
-/// of a panel lies together.
-pub struct UnitRows<R> {
+/// of a panel lies together. The last panel is padded with zeros.
+pub struct PackedRows<R> {
     rows: Vec<R>,
     panels: Vec<R>,
     count: usize,
     width: usize,
 }
 
-impl<R: Real> UnitRows<R> {
-    /// Scales each row of `x` to unit length (rows shorter than 1e-12 are divided by that) and packs them.
-    pub fn new<T: Element<Acc = R>>(x: &[T], count: usize, width: usize, par: Par<'_>) -> Result<Self, KernelError> {
-        let mut rows = vec![R::default(); count * width];
-        let cost = rows.len() as f64;
-        for_each_chunk(par, &mut rows, (64 * width).max(1), cost, |block, chunk| {
-            let start = block * 64 * width;
-            T::load(&x[start..start + chunk.len()], chunk);
-            dispatch(Normalize { rows: chunk, width });
-        })?;
+/// Scales each row of `x` to unit length; rows shorter than 1e-12 are divided by that.
+pub fn unit_rows<T: Element>(x: &[T], width: usize, par: Par<'_>) -> Result<Vec<T::Acc>, KernelError> {
+    let mut rows = vec![T::Acc::default(); x.len()];
+    for_each_chunk(par, &mut rows, (64 * width).max(1), x.len() as f64, |block, chunk| {
+        let start = block * 64 * width;
+        T::load(&x[start..start + chunk.len()], chunk);
+        dispatch(Normalize { rows: chunk, width });
+    })?;
+    Ok(rows)
+}
+
+impl<R: Real> PackedRows<R> {
+    /// Packs `count` rows.
+    pub fn new(rows: Vec<R>, count: usize, par: Par<'_>) -> Result<Self, KernelError> {
+        let width = rows.len() / count.max(1);
         let panel_len = R::PANEL * width;
         let mut panels = vec![R::default(); count.div_ceil(R::PANEL) * panel_len];
-        for_each_chunk(par, &mut panels, panel_len.max(1), cost, |block, panel| {
+        for_each_chunk(par, &mut panels, panel_len.max(1), rows.len() as f64, |block, panel| {
             for lane in 0..R::PANEL.min(count - block * R::PANEL) {
                 let row = &rows[(block * R::PANEL + lane) * width..][..width];
                 for (k, &value) in row.iter().enumerate() {
@@ -39,6 +44,16 @@ impl<R: Real> UnitRows<R> {
             }
         })?;
         Ok(Self { rows, panels, count, width })
+    }
+
+    /// Number of rows.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The panel that holds the rows from `panel * R::PANEL` on.
+    pub fn panel(&self, panel: usize) -> &[R] {
+        &self.panels[panel * R::PANEL * self.width..][..R::PANEL * self.width]
     }
 
     /// Length of a row.
@@ -99,7 +114,7 @@ fn squared_length<R: Real>(row: &[R]) -> f64 {
 }
 
 /// Squared lengths of all rows.
-struct Lengths<'a, R>(&'a UnitRows<R>);
+struct Lengths<'a, R>(&'a PackedRows<R>);
 
 impl<R: Real> Vectorized for Lengths<'_, R> {
     type Output = Vec<R>;
@@ -110,7 +125,7 @@ impl<R: Real> Vectorized for Lengths<'_, R> {
 }
 
 struct Products<'a, R> {
-    of: &'a UnitRows<R>,
+    of: &'a PackedRows<R>,
     first: usize,
     out: &'a mut [R],
 }
@@ -119,7 +134,7 @@ impl<R: Real> Vectorized for Products<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let UnitRows { panels, width, .. } = self.of;
+        let PackedRows { panels, width, .. } = self.of;
         let padded = self.of.padded();
         let panel_rows = R::PANEL;
         if *width == 0 {
