@@ -105,7 +105,7 @@ def to_an_error(n: int, reg: float) -> Result:
     asked = [("shiftkern, log", fastest["log"], 5.0)]
     if "kernel" in fastest:
         asked += [(case, fastest["kernel"], 1.0) for case in ("shiftkern, log", "shiftkern, auto")]
-    note = f"; did not reach it: {', '.join(left_out)}" if left_out else ""
+    note = f"; not within twice as many: {', '.join(left_out)}" if left_out else ""
     return Result(
         f"sinkhorn to an L1 error of {TOLERANCE:g}, float32, reg={reg:g}",
         f"{n} x {n}, {ours.n_iter} iterations{note}",

@@ -23,8 +23,8 @@ class ArgumentError(ShiftkernError, ValueError):
     """An argument has a value or shape that the operator cannot use."""
 
 
-class ArgumentTypeError(ShiftkernError, TypeError):
-    """An argument has a type or dtype that the operator cannot use."""
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument has a type or dtype that the operator cannot use; an :class:`ArgumentError`, too."""
 
 
 class NotDifferentiableError(ShiftkernError, RuntimeError):

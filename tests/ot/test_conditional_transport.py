@@ -190,7 +190,6 @@ X32, Y32 = samples(3, 4, dtype=torch.float32)
         ({"Y": Y32[:, :2]}, "Y", ValueError),
         ({"Y": Y32[:0]}, "Y", ValueError),
         ({"Y": Y32 * math.inf}, "Y", ValueError),
-        ({"Y": Y32.double()}, "Y", TypeError),
         ({"Y": Y32.numpy()}, "Y", TypeError),
         ({"cost": torch.ones(4, 3)}, "cost", ValueError),
         ({"cost": torch.full((3, 4), math.inf)}, "cost", ValueError),
@@ -211,3 +210,10 @@ def test_errors_name_operator_and_argument(change: dict, name: str, error: type)
     with pytest.raises(error, match=f"conditional_transport: argument '{name}': expected .*, got ") as caught:
         conditional_transport(**{"X": X32, "Y": Y32, **change})
     assert isinstance(caught.value, shiftkern.ShiftkernError)
+
+
+def test_mixed_dtypes_take_the_wider_one():
+    wide = conditional_transport(X32.double(), Y32.double())
+    mixed = conditional_transport(X32, Y32.double())
+    assert mixed.dtype == torch.float64
+    torch.testing.assert_close(mixed, wide, rtol=0, atol=0)

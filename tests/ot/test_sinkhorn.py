@@ -809,3 +809,44 @@ def test_the_solution_is_the_best_plan(n: int, m: int, seed: int, reg: float):
         P[i, j[::-1]] += step
         assert objective(P, M, a, b, reg)[0] >= best - 1e-12
     np.testing.assert_allclose(result.plan(), solve_loop(a, b, M, reg), rtol=1e-4, atol=1e-9)
+
+
+def test_anything_empty_means_uniform_weights():
+    _, _, M = problem(4, 3)
+    want = sinkhorn(None, None, M, 0.1).f
+    for nothing in ([], (), np.array([])):
+        np.testing.assert_array_equal(sinkhorn(nothing, nothing, M, 0.1).f, want)
+    nothing = torch.tensor([])
+    assert np.array_equal(sinkhorn(nothing, nothing, torch.tensor(M), 0.1).f.numpy(), want)
+
+
+def test_a_result_is_its_plan_as_an_array():
+    a, b, M = problem(4, 3)
+    result = sinkhorn(a, b, M, 0.1)
+    np.testing.assert_array_equal(np.asarray(result), result.plan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_sum_as_well_as_they_can(dtype):
+    a = torch.full((3,), 1 / 3, dtype=dtype)
+    assert sinkhorn(a, None, torch.rand(3, 5, generator=torch.Generator().manual_seed(0)), 0.5).converged
+
+
+def test_penalties_come_as_pairs_of_any_kind():
+    a, b, M = problem(4, 3)
+    want = sinkhorn(a, b, M, 0.1, reg_m=(1.0, 2.0)).f
+    for pair in ([1.0, 2.0], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])):
+        np.testing.assert_array_equal(sinkhorn(a, b, M, 0.1, reg_m=pair).f, want)
+    with pytest.raises(ArgumentError, match="argument 'reg_m': expected a number or a pair of them, got 3 of them"):
+        sinkhorn(a, b, M, 0.1, reg_m=np.ones(3))
+
+
+def test_convergence_is_seen_at_the_last_iteration():
+    # In float32 with potentials of a thousand reg the first look at the plan may come too early.
+    rng = np.random.default_rng(0)
+    x, y = rng.random((60, 2)), rng.random((50, 2))
+    M = np.sqrt(((x[:, None] - y) ** 2).sum(2)).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        result = sinkhorn(None, None, M, float(M.max()) / 1000, max_iter=5000)
+    assert result.converged == (result.marginal_error <= 1e-4)

@@ -353,3 +353,10 @@ def test_properties(batch: int, n: int, m: int, seed: int, ragged: bool, dtype: 
         assert result.marginal_error[i] == pytest.approx(error, abs=1e-4 if dtype == np.float32 else 1e-12)
         if result.converged[i]:
             assert error <= (1.1e-4 if dtype == np.float32 else 1.001e-7)
+
+
+def test_plain_sequences_are_arrays():
+    _, _, M = problem(4, 3)
+    lists = sinkhorn_batch([M.tolist(), (2 * M).tolist()], [0.1, 0.2], [], [])
+    arrays = sinkhorn_batch(np.stack([M, 2 * M]), np.array([0.1, 0.2]))
+    np.testing.assert_array_equal(lists.f, arrays.f)

@@ -188,14 +188,15 @@ def _sinkhorn_torch(
         status = torch.where(stalled, 2, torch.full((batch, 1), -1, device=M.device))
         ends_g, ends_shift = (g_before, shift_before) if order == "gf" else (g, shift)
         near = final & (error <= check_below)
-        if bool(((near | stalled) & active[:, None]).any()):
+        near = near | stalled | (tol > 0 if step + 1 == max_iter else False)
+        if bool((near & active[:, None]).any()):
             explicit = error
             if row_kind == column_kind == "exact":
                 # The error is that of this loop. What counts is the plan that others will make of the potentials.
                 P = _plan_torch(M, f, ends_g + ends_shift, target_reg[:, 0]).double()
                 explicit = (P.sum(2) - a).abs().sum(1, keepdim=True) + (P.sum(1) - b).abs().sum(1, keepdim=True)
-            status = torch.where((near | stalled) & (explicit <= tol), 0, status)
-            check_below = torch.where(near, error / 4.0, check_below)
+            status = torch.where(near & (explicit <= tol), 0, status)
+            check_below = torch.where(near, 0.9 * error, check_below)
         status = torch.where(final & error.isnan(), 3, status)
         if step + 1 == max_iter:
             status = torch.where(status < 0, 1, status)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from shiftkern import _checks
 
-__all__ = ["check_weights"]
+__all__ = ["check_weights", "weights_or_none"]
+
+
+def weights_or_none(weights: Any) -> Any:
+    """None for None and for anything empty, which POT takes for uniform weights."""
+    empty = weights.numel() == 0 if isinstance(weights, Tensor) else hasattr(weights, "__len__") and len(weights) == 0
+    return None if empty else weights
 
 
 def check_weights(op: str, name: str, weights: Any, size: int, device: torch.device) -> Tensor:

@@ -96,7 +96,10 @@ def conditional_transport(
     _checks.tensor(op, "X", X, min_dim=2)
     if X.dim() != 2 or X.numel() == 0:
         _checks.refuse(op, "X", "shape (n, d) with n, d >= 1", f"shape {tuple(X.shape)}")
-    _checks.tensor(op, "Y", Y, min_dim=2, dtypes=(X.dtype,), device=X.device)
+    _checks.tensor(op, "Y", Y, min_dim=2, device=X.device)
+    if X.dtype != Y.dtype:
+        common = torch.promote_types(X.dtype, Y.dtype)
+        X, Y = X.to(common), Y.to(common)
     if Y.dim() != 2 or Y.shape[1] != X.shape[1] or Y.numel() == 0:
         _checks.refuse(op, "Y", f"shape (m, {X.shape[1]}) with m >= 1", f"shape {tuple(Y.shape)}")
     if cost is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shiftkern import _checks
 from shiftkern._crossing import accept
+from shiftkern.ot._weights import weights_or_none
 
 __all__ = ["emd_1d"]
 
@@ -69,7 +70,7 @@ def emd_1d(x: Any, y: Any, a: Any = None, b: Any = None, *, p: float = 1) -> Any
     tensor(30.5000)
     """
     op = "emd_1d"
-    (x, y, a, b), back = accept(op, x=x, y=y, a=a, b=b)
+    (x, y, a, b), back = accept(op, x=x, y=y, a=weights_or_none(a), b=weights_or_none(b))
     _checks.tensor(op, "x", x, min_dim=1)
     _checks.tensor(op, "y", y, min_dim=1, device=x.device)
     if x.dim() > 2 or x.numel() == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from shiftkern import _checks
 from shiftkern._crossing import accept
 from shiftkern.errors import ConvergenceWarning
-from shiftkern.ot._weights import check_weights
+from shiftkern.ot._weights import check_weights, weights_or_none
 from shiftkern.ot.sinkhorn import sinkhorn
 
 __all__ = ["ProximalResult", "proximal_ot"]
@@ -142,7 +142,7 @@ def proximal_ot(
     (True, True)
     """
     op = "proximal_ot"
-    (a, b, M), back = accept(op, a=a, b=b, M=M)
+    (a, b, M), back = accept(op, a=weights_or_none(a), b=weights_or_none(b), M=M)
     _checks.tensor(op, "M", M, min_dim=2)
     if M.dim() != 2 or M.numel() == 0:
         _checks.refuse(op, "M", "shape (n, m) with n, m >= 1", f"shape {tuple(M.shape)}")
@@ -154,7 +154,7 @@ def proximal_ot(
         else check_weights(op, name, w, size, M.device)
         for name, w, size in (("a", a, M.shape[0]), ("b", b, M.shape[1]))
     )
-    mass, other = float(a.detach().sum()), float(b.detach().sum())
+    mass, other = float(a.detach().double().sum()), float(b.detach().double().sum())
     if abs(mass - other) > 1e-6 * max(mass, other):
         _checks.refuse(op, "b", f"weights that sum to {mass}, as 'a' does", other)
     beta = None if beta is None else _checks.positive(op, "beta", beta)

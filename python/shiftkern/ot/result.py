@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,6 +158,10 @@ class SinkhornResult:
             ends = ", ".join(f"{ends.count(s)} {s}" for ends in [self.status] for s in ops.STATUS if s in ends)
             return f"SinkhornResult({len(self._f)} problems of {n} x {m}: {ends})"
         return f"SinkhornResult({n} x {m}, {self.status} after {self.n_iter} iterations)"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """Return the plan, which is what POT's functions return."""
+        return np.asarray(self.plan(), dtype=dtype)
 
     def _give(self, tensor: Tensor) -> Any:
         """A batch of tensors as the user's kind."""

@@ -14,6 +14,7 @@ from shiftkern import _checks
 from shiftkern._crossing import accept
 from shiftkern._ops import ot as ops
 from shiftkern.errors import ArgumentError, ConvergenceWarning
+from shiftkern.ot._weights import weights_or_none
 from shiftkern.ot.result import Problem, SinkhornResult
 
 __all__ = ["sinkhorn", "sinkhorn_batch", "sinkhorn_partial", "sinkhorn_samples"]
@@ -28,7 +29,7 @@ _MOST_ITERATIONS = 1_000_000_000
 _STEPS = {"method", "max_iter", "tol", "warmstart", "reg_init", "reg_decay", "omega", "update_order", "grad"}
 _OPTIONS = frozenset({*_STEPS, "reg_m", "reg_m_type"})
 
-RegM = float | tuple[float, float] | None
+RegM = Any  # a number, a pair of them (array or tensor, too), or None
 
 
 def sinkhorn(
@@ -142,8 +143,7 @@ def sinkhorn(
             [1., 0., 0.]])
     """
     op = "sinkhorn"
-    a, b = _nothing(a), _nothing(b)
-    (a, b, M), back = accept(op, a=a, b=b, M=M)
+    (a, b, M), back = accept(op, a=weights_or_none(a), b=weights_or_none(b), M=M)
     M = _costs(op, "M", M, 2)
     options = {
         "method": method,
@@ -216,8 +216,11 @@ def sinkhorn_batch(
     """
     op = "sinkhorn_batch"
     _known(op, options, _OPTIONS)
-    given = {"M": M, "a": a, "b": b}
-    if isinstance(reg, Tensor) == isinstance(M, Tensor) and getattr(reg, "ndim", 0) > 0:
+    given = {"M": M, "a": weights_or_none(a), "b": weights_or_none(b)}
+    if getattr(reg, "ndim", 0) > 0 or isinstance(reg, (list, tuple)):
+        if isinstance(reg, Tensor) != isinstance(M, Tensor):
+            kind = "a torch.Tensor" if isinstance(M, Tensor) else "a numpy.ndarray"
+            _checks.refuse_type(op, "reg", f"a number or {kind}, as 'M' is one", _checks.describe(reg))
         given["reg"] = reg
     tensors, back = accept(op, **given)
     M = _costs(op, "M", tensors[0], 3)
@@ -262,7 +265,8 @@ def sinkhorn_samples(
 ) -> SinkhornResult:
     """Solve entropic optimal transport between points, without ever holding the costs.
 
-    Costs are computed in every pass, a few rows at a time: O(n + m) memory, gradients included.
+    Costs are computed in every pass, a few rows at a time: O(n + m) memory on CPUs, gradients included (but for those
+    by weights of which some are zero, and those under ``torch.compile``). Other devices build the matrix.
 
     Parameters
     ----------
@@ -314,7 +318,7 @@ def sinkhorn_samples(
     """
     op = "sinkhorn_samples"
     _known(op, options, _OPTIONS)
-    (X, Y, a, b), back = accept(op, X=X, Y=Y, a=_nothing(a), b=_nothing(b))
+    (X, Y, a, b), back = accept(op, X=X, Y=Y, a=weights_or_none(a), b=weights_or_none(b))
     cost = _checks.one_of(op, "cost", cost, _METRICS)  # type: ignore[assignment]
     X = _costs(op, "X", X, 2)
     Y = _costs(op, "Y", Y, 2)
@@ -389,7 +393,7 @@ def sinkhorn_partial(a: Any, b: Any, M: Any, reg: float, mass: float, **options:
     """
     op = "sinkhorn_partial"
     _known(op, options, frozenset(_STEPS))
-    (a, b, M), back = accept(op, a=_nothing(a), b=_nothing(b), M=M)
+    (a, b, M), back = accept(op, a=weights_or_none(a), b=weights_or_none(b), M=M)
     M = _costs(op, "M", M, 2)
     if options.get("grad") == "implicit":
         _checks.refuse(op, "grad", "'envelope' or 'detach'", "'implicit'")
@@ -474,7 +478,9 @@ def _solve(
         for w, size in zip(weights, (n, m), strict=True)
     )
     if not _tracing():
-        b = _checked_weights(op, a, b, balanced=rows[0] == columns[0] == "exact", mass=mass)
+        # Weights cannot sum to one any better than their dtype allows.
+        slack = max(1e-6, *(torch.finfo(w.dtype).eps for w in weights if w is not None), 0.0)
+        b = _checked_weights(op, a, b, slack, balanced=rows[0] == columns[0] == "exact", mass=mass)
     total = _totals(a)
     if tol is None:
         tols = total * (1e-7 if costs.dtype == torch.float64 else 1e-4)
@@ -494,7 +500,7 @@ def _solve(
             answers = ops.sinkhorn(M, *rest) if M is not None else ops.sinkhorn_samples(X, Y, metric, *rest)
         except ArgumentError as error:
             # The operator is shared; the user knows the function.
-            raise ArgumentError(str(error).replace("sinkhorn:", f"{op}:", 1)) from None
+            raise type(error)(str(error).replace("sinkhorn:", f"{op}:", 1)) from None
     result = SinkhornResult(problem, *answers)
     if not _tracing():
         _warn(op, result)
@@ -525,11 +531,6 @@ def _lengths(op: str, lengths: Any, batch: int, device: torch.device) -> Tensor:
     return given
 
 
-def _nothing(weights: Any) -> Any:
-    """None for None and for an empty list, which POT takes for uniform weights."""
-    return None if isinstance(weights, (list, tuple)) and len(weights) == 0 else weights
-
-
 def _costs(op: str, name: str, value: Any, dims: int) -> Tensor:
     costs = _checks.tensor(op, name, value)
     if costs.is_meta:
@@ -553,7 +554,9 @@ def _weights(
 def _sides(op: str, reg_m: RegM, kind: str, mass: float | None) -> tuple[tuple[str, float], tuple[str, float]]:
     if mass is not None:
         return ("at_most", 0.0), ("at_most", 0.0)
-    pair = reg_m if isinstance(reg_m, (tuple, list)) else (reg_m, reg_m)
+    given = reg_m.tolist() if hasattr(reg_m, "tolist") else reg_m
+    given = given[0] if isinstance(given, (tuple, list)) and len(given) == 1 else given
+    pair = given if isinstance(given, (tuple, list)) else (given, given)
     if len(pair) != 2:
         _checks.refuse(op, "reg_m", "a number or a pair of them", f"{len(pair)} of them")
     sides = [("exact", 0.0) if r is None or r == math.inf else (kind, _checks.positive(op, "reg_m", r)) for r in pair]
@@ -565,7 +568,7 @@ def _totals(weights: Tensor) -> Tensor:
     return weights.detach().cumsum(1)[:, -1]
 
 
-def _checked_weights(op: str, a: Tensor, b: Tensor, balanced: bool, mass: float | None) -> Tensor:
+def _checked_weights(op: str, a: Tensor, b: Tensor, slack: float, balanced: bool, mass: float | None) -> Tensor:
     totals = []
     for name, w in (("a", a), ("b", b)):
         low, high = (float(v) for v in w.detach().aminmax())
@@ -582,9 +585,9 @@ def _checked_weights(op: str, a: Tensor, b: Tensor, balanced: bool, mass: float 
     if not balanced:
         return b
     worst = ((totals[0] - totals[1]).abs() / totals[0]).argmax()
-    if float((totals[0] - totals[1])[worst].abs() / totals[0][worst]) > 1e-6:
+    if float((totals[0] - totals[1])[worst].abs() / totals[0][worst]) > slack:
         got = f"totals {float(totals[0][worst])} of a and {float(totals[1][worst])} of b"
-        _checks.refuse(op, "b", "the total of a, to 1e-6 (or reg_m)", got)
+        _checks.refuse(op, "b", f"the total of a, to {slack:.0e} (or reg_m)", got)
     # What is left of the difference would keep the error from falling below it.
     return b * (totals[0] / totals[1])[:, None]
 
@@ -644,4 +647,5 @@ def _warn(op: str, result: SinkhornResult) -> None:
             f"{ops.STATUS[int(ends[0])]} after {int(made[0])} iterations with a marginal error of {float(last[0]):.3g}"
         )
     # Attributed to whoever called the public function.
-    warnings.warn(f"{op}: {text}; raise max_iter, tol or reg", ConvergenceWarning, stacklevel=4)
+    advice = "raise max_iter, tol or reg" if bool((ends == 1).any()) else "take float64 or a larger tol or reg"
+    warnings.warn(f"{op}: {text}; {advice}", ConvergenceWarning, stacklevel=4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from shiftkern import _checks
 from shiftkern._crossing import accept
 from shiftkern.errors import ConvergenceWarning
-from shiftkern.ot._weights import check_weights
+from shiftkern.ot._weights import check_weights, weights_or_none
 from shiftkern.ot.sinkhorn import sinkhorn_samples
 
 __all__ = ["sinkhorn_divergence"]
@@ -96,15 +96,19 @@ def sinkhorn_divergence(
     9.0
     """
     op = "sinkhorn_divergence"
-    (X, Y, a, b), back = accept(op, X=X, Y=Y, a=a, b=b)
+    (X, Y, a, b), back = accept(op, X=X, Y=Y, a=weights_or_none(a), b=weights_or_none(b))
     _samples(op, "X", X, None)
     _samples(op, "Y", Y, X)
+    if X.dtype != Y.dtype:
+        common = torch.promote_types(X.dtype, Y.dtype)
+        X, Y = X.to(common), Y.to(common)
     reg = _checks.positive(op, "reg", reg)
     masses = [
-        1.0 if w is None else float(check_weights(op, name, w, len(x), X.device).detach().sum())
+        1.0 if w is None else float(check_weights(op, name, w, len(x), X.device).detach().double().sum())
         for name, w, x in (("a", a, X), ("b", b, Y))
     ]
-    if abs(masses[0] - masses[1]) > 1e-6 * max(masses):
+    slack = max(1e-6, *(torch.finfo(w.dtype).eps for w in (a, b) if w is not None), 0.0)
+    if abs(masses[0] - masses[1]) > slack * max(masses):
         _checks.refuse(op, "b" if b is not None else "a", "weights of equal sums", f"{masses[0]} and {masses[1]}")
     _checks.one_of(op, "cost", cost, ("sqeuclidean", "euclidean", "cosine"))
     _checks.flag(op, "debias", debias)
@@ -114,7 +118,8 @@ def sinkhorn_divergence(
 
     max_iter = _checks.positive_int(op, "max_iter", options.pop("max_iter", 1000))
     tol = options.pop("tol", None)
-    tol = (1e-7 if X.dtype == torch.float64 else 1e-4) if tol is None else _checks.positive(op, "tol", tol)
+    default = masses[0] * (1e-7 if X.dtype == torch.float64 else 1e-4)
+    tol = default if tol is None else _checks.positive(op, "tol", tol)
     options = {"cost": cost, "max_iter": max_iter, "tol": tol, **options}
     values, missed = [], []
     with warnings.catch_warnings():
@@ -161,7 +166,5 @@ def _samples(op: str, name: str, x: Any, like: Tensor | None) -> None:
         _checks.refuse(op, name, "shape (samples, d), neither of them 0", f"shape {tuple(x.shape)}")
     if like is not None and x.shape[1] != like.shape[1]:
         _checks.refuse(op, name, f"{like.shape[1]} dimensions, as 'X' has", x.shape[1])
-    if like is not None and x.dtype != like.dtype:
-        _checks.refuse_type(op, name, f"dtype {like.dtype}, as 'X' has", _checks.describe(x))
     if not bool(torch.isfinite(x).all()):
         _checks.refuse(op, name, "finite numbers", "NaN or infinity")

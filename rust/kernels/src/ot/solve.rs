@@ -323,7 +323,8 @@ impl<'a, T: Transcendental> Solver<'a, T> {
             self.judge(error, cost, par)?;
         }
         if self.status.is_none() && self.errors.len() >= self.params.max_iter {
-            self.status = Some(Status::MaxIter);
+            let good = self.problem.tol > 0.0 && self.explicit_error(error, cost, par)? <= self.problem.tol;
+            self.status = Some(if good { Status::Converged } else { Status::MaxIter });
         }
         Ok(())
     }
@@ -339,7 +340,7 @@ impl<'a, T: Transcendental> Solver<'a, T> {
                 self.status = Some(Status::Converged);
                 return Ok(());
             }
-            self.check_below = error / 4.0;
+            self.check_below = error * 0.9;
         }
         if error < self.best * (1.0 - STALL_PROGRESS) {
             (self.best, self.best_at) = (error, done);
