@@ -73,6 +73,8 @@ def interleave(cases: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> 
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, run in cases.items():
+            # The thread pools of some libraries keep turning for a while after a call; let them come to rest.
+            time.sleep(0.02)
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 run()

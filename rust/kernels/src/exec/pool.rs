@@ -1,8 +1,10 @@
 //! The private thread pool, safe to inherit through `fork`.
 
+use std::hint::spin_loop;
 use std::process;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 struct Pool {
     /// The process that owns the threads: a forked child inherits this memory but not them.
@@ -38,15 +40,36 @@ fn pool(helpers: usize) -> Option<&'static rayon::ThreadPool> {
     }
 }
 
+/// Counts the loops, so that a lingering helper sees when the next one begins.
+static LOOPS: AtomicUsize = AtomicUsize::new(0);
+/// How long helpers stay awake after a loop. Waking one costs as much as a short loop takes, so an iterative solver
+/// whose helpers fall asleep between its loops would run them alone.
+const LINGER: Duration = Duration::from_micros(200);
+
+fn linger(after: usize) {
+    let start = Instant::now();
+    while LOOPS.load(Ordering::Relaxed) == after && start.elapsed() < LINGER {
+        for _ in 0..32 {
+            spin_loop();
+        }
+    }
+}
+
 /// Runs `lead` on the calling thread while up to `helpers` pool threads run `help`; returns when all have ended.
 pub fn run(helpers: usize, lead: impl FnOnce(), help: impl Fn() + Sync) {
     match (helpers > 0).then(|| pool(helpers)).flatten() {
         None => lead(),
-        Some(threads) => threads.in_place_scope(|scope| {
+        Some(threads) => {
+            let count = LOOPS.fetch_add(1, Ordering::Relaxed) + 1;
+            threads.in_place_scope(|scope| {
+                for _ in 0..helpers {
+                    scope.spawn(|_| help());
+                }
+                lead();
+            });
             for _ in 0..helpers {
-                scope.spawn(|_| help());
+                threads.spawn(move || linger(count));
             }
-            lead();
-        }),
+        }
     }
 }
