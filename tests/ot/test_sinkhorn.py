@@ -170,11 +170,12 @@ def test_small_regularisation_in_float32(reg: float, order: str, method: str):
     M, uniform = ((x[:, None] - y) ** 2).astype(np.float32), np.full(60, 1 / 60)
     options = {"reg_init": 1.0, "reg_decay": 0.8, "max_iter": 50_000, "update_order": order, "method": method}
     result = sinkhorn(None, None, M, reg, tol=2e-3, **options)
-    wide = sinkhorn(None, None, M.astype(np.float64), reg, tol=2e-3, **options)
+    # The same iterates, in float64.
+    options["max_iter"] = result.n_iter
+    wide = sinkhorn(None, None, M.astype(np.float64), reg, tol=0.0, **options)
     # Potentials of 1 / reg have this rounding.
     assert explicit_error(result.plan(), uniform, uniform) <= 2e-3 + 4 * float(np.finfo(np.float32).eps) / reg
-    # Each plan misses its marginals by the tolerance, and no cell costs more than one.
-    assert result.value_linear == pytest.approx(wide.value_linear, abs=2e-3)
+    assert result.value_linear == pytest.approx(wide.value_linear, rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -131,6 +131,16 @@ class SinkhornResult:
         ``-sum P log P``.
     value_dual : float or Tensor
         The dual of ``value``: a lower bound of the minimum at any iteration, equal to it at the end.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from shiftkern.ot import sinkhorn
+    >>> result = sinkhorn(None, None, np.array([[0.0, 1.0], [1.0, 0.0]]), reg=0.1)
+    >>> result.status, result.value_dual <= result.value
+    ('converged', True)
+    >>> result.barycentric(np.array([10.0, 20.0])).round(2)
+    array([10., 20.])
     """
 
     def __init__(self, problem: Problem, f: Tensor, g: Tensor, shift: Tensor, errors: Tensor, report: Tensor) -> None:

@@ -203,6 +203,10 @@ def sinkhorn_batch(
     Small problems stay in cache for all their iterations, one thread each; one that ends early costs nothing more. The
     answers are those of :func:`sinkhorn` on each, to the bit.
 
+    References
+    ----------
+    Cuturi, "Sinkhorn Distances: Lightspeed Computation of Optimal Transport", 2013.
+
     Examples
     --------
     >>> import torch
@@ -301,6 +305,10 @@ def sinkhorn_samples(
     O(n m d) per iteration: where ``d`` is large and the matrix of costs fits in memory, :func:`sinkhorn` on it is
     faster. Squared distances come from inner products of centred points: their absolute error is about one unit of
     rounding of the largest squared distance from the centre.
+
+    References
+    ----------
+    Cuturi, "Sinkhorn Distances: Lightspeed Computation of Optimal Transport", 2013.
 
     Examples
     --------

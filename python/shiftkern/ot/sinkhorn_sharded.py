@@ -112,6 +112,21 @@ def sinkhorn_sharded(
     Notes
     -----
     O(n_local m) time and O(n_local + m) memory an iteration; needs an initialised ``torch.distributed``.
+
+    References
+    ----------
+    Cuturi, "Sinkhorn Distances: Lightspeed Computation of Optimal Transport", 2013.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from shiftkern.ot import sinkhorn_sharded
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> half = torch.tensor([0.5, 0.5])
+    >>> sinkhorn_sharded(half, half, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), reg=0.1).status
+    'converged'
+    >>> dist.destroy_process_group()
     """
     op = "sinkhorn_sharded"
     if not (dist.is_available() and dist.is_initialized()):

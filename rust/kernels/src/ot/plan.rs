@@ -1,15 +1,15 @@
 //! Everything one does with a plan, a few rows of it at a time.
 
 use super::cost::{Columns, Cost, Dense, Rows, STRIP, largest, padded, powers_in_place};
-use super::solve::{Problem, columns_after, tile};
+use super::pass::{block_rows, tile};
+use super::solve::{Problem, columns_after};
 use crate::exec::{Block, Io, block_count, for_each_chunk, with_scratch};
 use crate::simd::{Real, TILE_ROWS, Transcendental, Vectorized, dispatch};
 use crate::{KernelError, Par};
 use std::f64::consts::LN_2;
 
-/// Rows of a block; blocks have column sums of their own, so that there are at most `MAX_BLOCKS`.
+/// Rows of a block whose output is its own.
 const BLOCK_ROWS: usize = 64;
-const MAX_BLOCKS: usize = 128;
 /// Lanes of a product's accumulator, and columns of a tile of products.
 const LANES: usize = 8;
 const TILE_COLUMNS: usize = 4;
@@ -59,7 +59,7 @@ impl<'a, T: Transcendental, C: Cost<T>> Plan<'a, T, C> {
     /// Row sums and column sums, and `<P, M>` as the result.
     pub fn sums(&self, rows: &mut [f64], columns: &mut [f64], par: Par<'_>) -> Result<f64, KernelError> {
         let n = self.f.len();
-        let block = BLOCK_ROWS.max(n.div_ceil(MAX_BLOCKS)).next_multiple_of(TILE_ROWS);
+        let block = block_rows(n);
         let mut parts: Vec<Sums<T>> = (0..block_count(n, block))
             .map(|b| Sums {
                 first: b * block,

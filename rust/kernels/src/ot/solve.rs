@@ -10,23 +10,18 @@
 //! moved too far from where the powers were taken; then they are taken anew. Both ways go through the same iterates.
 
 use super::Plan;
-use super::cost::{Columns, Cost, Rows, STRIP, largest, padded, powers_in_place};
+use super::cost::{Cost, STRIP, padded};
+use super::pass::{Part, RowPass, Shared, block_rows, relaxed, window};
 use crate::exec::{block_count, for_each_chunk, with_scratch};
 use crate::simd::{Real, TILE_ROWS, Transcendental, Vectorized, dispatch, exp_in_place, log_in_place};
 use crate::{KernelError, Par};
 use std::f64::consts::{LN_2, LOG2_E};
 use std::iter::repeat;
 
-/// Fewest rows of a block.
-const BLOCK_ROWS: usize = 64;
-/// Most blocks: each has column sums of its own.
-const MAX_BLOCKS: usize = 128;
 /// The error must fall by this part ...
 const STALL_PROGRESS: f64 = 1e-3;
 /// ... within this many iterations.
 const STALL_WINDOW: usize = 100;
-/// Powers of two by which a row's powers may be multiplied on the way to the columns.
-const FAR: f64 = 60.0;
 /// Cells that are worth more than one thread.
 const LARGE: usize = 1 << 16;
 /// Time of one turn of a small problem in a batch, so that Ctrl-C is heard in between.
@@ -48,7 +43,7 @@ pub enum Marginal {
 impl Marginal {
     /// The potential (less `log2` of the weight) that is optimal where the balanced one is `balanced`.
     #[inline(always)]
-    fn update(self, balanced: f64, kappa: f64) -> f64 {
+    pub(super) fn update(self, balanced: f64, kappa: f64) -> f64 {
         match self {
             Self::Exact => balanced,
             // The entropy's weight is reg = kappa / ln 2.
@@ -147,31 +142,9 @@ pub struct Report {
     pub status: Status,
 }
 
-/// Powers whose sum is within `WINDOW` of one either way are good to the type's precision.
-fn window<T: Real>() -> f64 {
-    if size_of::<T>() == 4 { 24.0_f64.exp2() } else { 200.0_f64.exp2() }
-}
-
 /// Column sums above this, relative to the mass, have lost nothing to underflow.
 fn tiny<T: Real>() -> f64 {
     if size_of::<T>() == 4 { (-80.0_f64).exp2() } else { (-760.0_f64).exp2() }
-}
-
-/// A block of rows: its potentials and its share of the column sums.
-struct Part<T> {
-    first: usize,
-    /// Potentials less `log2` of the weights.
-    f: Vec<f64>,
-    /// The potentials that the kept powers were taken at.
-    base: Vec<f64>,
-    columns: Vec<T>,
-    powers: Vec<T>,
-    error: f64,
-    /// The largest of the rows' sums and of their inverses.
-    spread: f64,
-    /// A row whose new potential is so far from its powers that they tell the columns nothing.
-    far: bool,
-    hopeless: Option<usize>,
 }
 
 /// The state of one problem between iterations.
@@ -215,7 +188,7 @@ impl<'a, T: Transcendental> Solver<'a, T> {
         let (n, m) = (problem.a.len(), problem.b.len());
         let reg = params.annealing.map_or(problem.reg, |(first, _)| first.max(problem.reg));
         let kappa = reg * LN_2;
-        let rows = BLOCK_ROWS.max(n.div_ceil(MAX_BLOCKS)).next_multiple_of(TILE_ROWS);
+        let rows = block_rows(n);
         let width = padded::<T>(m);
         let (f0, g0) = problem.start.unwrap_or((&[], &[]));
         // Where a weight is zero the potential is -inf, and says nothing.
@@ -621,166 +594,9 @@ impl<'a, T: Transcendental> Solver<'a, T> {
     }
 }
 
-/// A step from `old` towards `target`, and beyond it for `omega > 1`.
-#[inline(always)]
-fn relaxed(omega: f64, old: f64, target: f64) -> f64 {
-    if omega == 1.0 { target } else { (1.0 - omega) * old + omega * target }
-}
-
 fn hopeless(what: &str, index: usize) -> KernelError {
     let expected = "a finite cost somewhere in each row and column of positive weight";
     KernelError::argument(OP, "M", expected, format!("none in {what} {index}"))
-}
-
-/// What all blocks of a pass read.
-struct Shared<'s, T, C> {
-    cost: &'s C,
-    a: &'s [f64],
-    /// Column potentials; with kept powers, the columns' factors.
-    g: &'s [T],
-    c: T,
-    kappa: f64,
-    mass: f64,
-    omega: f64,
-    marginal: Marginal,
-    fresh: bool,
-    keep: bool,
-    kept: bool,
-}
-
-struct RowPass<'a, 's, T, C> {
-    shared: &'a Shared<'s, T, C>,
-    part: &'a mut Part<T>,
-    cells: &'a mut [T],
-}
-
-impl<T: Transcendental, C: Cost<T>> Vectorized for RowPass<'_, '_, T, C> {
-    type Output = ();
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let Self { shared, part, cells } = self;
-        let (width, rows) = (shared.g.len(), part.f.len());
-        part.columns.fill(T::default());
-        (part.error, part.spread, part.far) = (0.0, 0.0, false);
-        if shared.keep && !shared.kept {
-            part.powers.resize(rows * width, T::default());
-            part.base.resize(rows, 0.0);
-        }
-        let simple = shared.marginal == Marginal::Exact && shared.omega == 1.0;
-        // The sums of the rows, in place of their potentials until the block is done.
-        let mut bases = [0.0; BLOCK_ROWS];
-        for start in (0..rows).step_by(BLOCK_ROWS) {
-            let end = rows.min(start + BLOCK_ROWS);
-            for first in (start..end).step_by(TILE_ROWS) {
-                let count = TILE_ROWS.min(end - first);
-                let weights = &shared.a[part.first + first..][..count];
-                if weights.iter().all(|&w| w <= 0.0) {
-                    part.f[first..][..count].fill(1.0);
-                    bases[first - start..][..count].fill(0.0);
-                    continue;
-                }
-                let mut base = [0.0; TILE_ROWS];
-                let sums = if shared.kept {
-                    base[..count].copy_from_slice(&part.base[first..][..count]);
-                    T::row_products::<FMA>(tile(&part.powers[first * width..][..count * width], width), shared.g)
-                } else {
-                    base[..count].copy_from_slice(&part.f[first..][..count]);
-                    let cells = &mut *if shared.keep {
-                        &mut part.powers[first * width..][..count * width]
-                    } else {
-                        &mut cells[..count * width]
-                    };
-                    let sums = powers::<T, C, FMA>(shared, part.first + first, weights, &mut base, cells);
-                    if let Some(r) = (0..count).find(|&r| weights[r] > 0.0 && sums[r] == 0.0) {
-                        part.hopeless = Some(part.first + first + r);
-                        return;
-                    }
-                    if shared.keep {
-                        part.base[first..][..count].copy_from_slice(&base[..count]);
-                    }
-                    sums
-                };
-                let mut ratios = [T::default(); TILE_ROWS];
-                for r in 0..count {
-                    bases[first - start + r] = base[r];
-                    if weights[r] <= 0.0 {
-                        part.f[first + r] = 1.0;
-                        continue;
-                    }
-                    let mut ratio = weights[r] / sums[r];
-                    if simple {
-                        part.f[first + r] = sums[r];
-                    } else {
-                        let balanced = base[r] - sums[r].log2();
-                        let target = shared.marginal.update(balanced, shared.kappa);
-                        let new = relaxed(shared.omega, part.f[first + r], target);
-                        ratio = weights[r] * (new - base[r]).exp2();
-                        part.far |= (new - base[r]).abs() > FAR;
-                        part.error += (ratio * sums[r] - weights[r] * (target - balanced).exp2()).abs();
-                        part.f[first + r] = new;
-                    }
-                    part.spread = part.spread.max(sums[r]).max(1.0 / sums[r]);
-                    ratios[r] = if part.far { T::default() } else { T::from_f64(ratio / shared.mass) };
-                }
-                let source = if shared.keep { &part.powers[first * width..] } else { &*cells };
-                T::add_rows::<FMA>(tile(&source[..count * width], width), ratios, &mut part.columns);
-            }
-            if simple {
-                let f = &mut part.f[start..end];
-                log_in_place::<f64, FMA>(f);
-                for (f, base) in f.iter_mut().zip(bases) {
-                    *f = base - *f * LOG2_E;
-                }
-            }
-        }
-    }
-}
-
-/// Powers and sums of a few rows at their potentials `base`, which move where the sums would leave the window. The sum
-/// of a row that has no finite logit is zero.
-#[inline(always)]
-fn powers<T: Transcendental, C: Cost<T>, const FMA: bool>(
-    shared: &Shared<'_, T, C>,
-    first: usize,
-    weights: &[f64],
-    base: &mut [f64; TILE_ROWS],
-    cells: &mut [T],
-) -> [f64; TILE_ROWS] {
-    let (count, width) = (weights.len(), shared.g.len());
-    let mut shift = [T::default(); TILE_ROWS];
-    for r in 0..count {
-        shift[r] = T::from_f64(if weights[r] > 0.0 { base[r] } else { f64::NEG_INFINITY });
-        base[r] = shift[r].to_f64();
-    }
-    let columns = Columns { g: shared.g, c: shared.c };
-    let mut sums = [0.0; TILE_ROWS];
-    if !shared.fresh {
-        sums = shared.cost.powers::<FMA>(Rows { first, count, shift }, columns, cells);
-    }
-    let limit = window::<T>();
-    let good = |sum: f64| sum >= 1.0 / limit && sum <= limit;
-    if (0..count).any(|r| weights[r] > 0.0 && !good(sums[r])) {
-        let shift = [T::default(); TILE_ROWS];
-        shared.cost.logits::<FMA>(Rows { first, count, shift }, columns, cells);
-        for (r, cells) in cells.chunks_exact_mut(width).enumerate() {
-            let peak = largest(cells);
-            if weights[r] <= 0.0 {
-                cells.fill(T::default());
-                continue;
-            }
-            base[r] = -peak.to_f64();
-            // Nowhere to go: no shift would help.
-            sums[r] = if peak.to_f64() > f64::NEG_INFINITY { powers_in_place::<T, FMA>(cells, peak) } else { 0.0 };
-        }
-    }
-    sums
-}
-
-/// Some rows of cells as a tile; a short one repeats its last row, and what comes of the surplus is not used.
-#[inline(always)]
-pub fn tile<T>(cells: &[T], width: usize) -> [&[T]; TILE_ROWS] {
-    let count = cells.len() / width;
-    std::array::from_fn(|r| &cells[r.min(count - 1) * width..][..width])
 }
 
 struct Logs<'a>(&'a mut [f64]);
