@@ -8,7 +8,7 @@ RUN = $(BIN)/python
 OUTSIDE = build/outside
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-python deep lint format wheel install bench clean
+.PHONY: help demo test test-rust test-python deep lint format wheel install bench quality clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ install: wheel
 bench: install  ## Measure everything side by side with its peers and write docs/benchmarks.md
 	cd $(OUTSIDE) && $(RUN) $(CURDIR)/benches/report.py $(CURDIR)/docs/benchmarks.md
 	cargo bench --workspace --locked --quiet
+
+quality: install  ## Train a small diffusion model and measure images under sparse attention (half an hour)
+	cd $(OUTSIDE) && $(RUN) $(CURDIR)/benches/quality_reattention.py $(CURDIR)/docs/quality-reattention.md
 
 clean:  ## Remove what was built (the virtual environment stays)
 	rm -rf build dist target

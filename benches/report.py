@@ -1,15 +1,19 @@
 """Run every bench and write docs/benchmarks.md with its plots.
 
-``python benches/report.py OUT.md`` from anywhere; plots go to an ``images`` folder beside the page.
+``python benches/report.py OUT.md [family ...]`` from anywhere; plots go to an ``images`` folder beside the page. With
+families named, only theirs are measured, and the sections of the others stay as they are in the page.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import matplotlib as mpl
 
+import bench_attention
+import bench_merge
 import bench_norm
 import bench_ot
 import bench_sort
@@ -19,7 +23,14 @@ from harness import Result, machine, refuse_debug_build
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-FAMILIES = {"norm": bench_norm.results, "ot": bench_ot.results, "sort": bench_sort.results, "tta": bench_tta.results}
+FAMILIES = {
+    "norm": bench_norm.results,
+    "ot": bench_ot.results,
+    "sort": bench_sort.results,
+    "tta": bench_tta.results,
+    "attention": bench_attention.results,
+    "merge": bench_merge.results,
+}
 
 
 def milliseconds(value: float) -> str:
@@ -77,44 +88,49 @@ def plot(family: str, results: list[Result], target: Path) -> None:
     plt.close(figure)
 
 
-def main(page: Path) -> None:
+def section(family: str, results: list[Result], images: Path) -> str:
+    """Draw a family's plots and write what the page says of it."""
+    plot(family, results, images / f"bench-{family}.png")
+    lines = [f"## {family}", "", f"![Speed-up of shiftkern.{family}](images/bench-{family}.png)", ""]
+    if family == "attention":
+        bench_attention.plot_density(results, images / "bench-attention-density.png")
+        lines += ["![Time against density](images/bench-attention-density.png)", ""]
+    lines += ["### What was asked for", "", *asked_table(results), ""]
+    for result in results:
+        lines += result_table(result)
+    return "\n".join(lines)
+
+
+def main(page: Path, chosen: list[str]) -> None:
     """Measure, print as it goes, and write the page when all is done."""
     refuse_debug_build()
     images = page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    families: dict[str, list[Result]] = {}
-    for family, results in FAMILIES.items():
-        families[family] = []
-        for result in results():
-            families[family].append(result)
+    written = re.split(r"\n(?=## )", page.read_text())[1:] if chosen and page.exists() else []
+    sections = {text.partition("\n")[0].removeprefix("## "): text for text in written}
+    for family in chosen or FAMILIES:
+        results = []
+        for result in FAMILIES[family]():
+            results.append(result)
             ours = ", ".join(f"{case} {result.ratio(case):.1f}x" for case in result.ours)
             print(f"{result.work}: {result.size}: {ours}", flush=True)
-    everything = [r for results in families.values() for r in results]
-    lines = [
+        sections[family] = section(family, results, images)
+    head = [
         "# Benchmarks",
         "",
         "Written by `make bench`. All cases of a table run in one process, in turn, on equal threads, dtype and data;",
         "results are checked against each other first. Speed-up is against the fastest peer of the table (medians).",
+        "Each target stands against the peer it was set for, and against the fastest peer found since.",
         "",
         *(f"- {name}: {value}" for name, value in machine().items()),
         "",
-        "## What was asked for",
-        "",
-        "Each target stands against the peer it was set for, and against the fastest peer found since.",
-        "",
-        *asked_table(everything),
-        "",
     ]
-    for family, results in families.items():
-        plot(family, results, images / f"bench-{family}.png")
-        lines += [f"## {family}", "", f"![Speed-up of shiftkern.{family}](images/bench-{family}.png)", ""]
-        for result in results:
-            lines += result_table(result)
-    page.write_text("\n".join(lines).rstrip() + "\n")
+    parts = ["\n".join(head), *(sections[family].rstrip() + "\n" for family in FAMILIES if family in sections)]
+    page.write_text("\n".join(parts))
     print(f"wrote {page}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2 or not set(sys.argv[2:]) <= set(FAMILIES):
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

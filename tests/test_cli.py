@@ -27,7 +27,7 @@ def exit_code(arguments):
 def test_module_runs_and_lists_its_commands(tmp_path):
     done = shiftkern_command("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("demo", "methods", "info", "--version"):
+    for command in ("demo", "merge", "methods", "info", "--version"):
         assert command in done.stdout
 
 
@@ -95,13 +95,22 @@ def test_demo_help_lists_demos_and_adapt_help_lists_options(capsys):
     text = capsys.readouterr().out
     assert "adapt" in text
     assert "transport" in text
-    assert exit_code(["demo", "transport", "--help"]) == 0
-    text = capsys.readouterr().out
-    for option in ("--seed", "--out", "--quick"):
-        assert option in text
+    assert "merge" in text
+    for demo in ("transport", "merge"):
+        assert exit_code(["demo", demo, "--help"]) == 0
+        text = capsys.readouterr().out
+        for option in ("--seed", "--out", "--quick"):
+            assert option in text
     assert exit_code(["demo", "adapt", "--help"]) == 0
     text = capsys.readouterr().out
     for option in ("--seed", "--severity", "--batch-size", "--methods", "--out", "--quick"):
+        assert option in text
+
+
+def test_merge_help_lists_its_options(capsys):
+    assert exit_code(["merge", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("CONFIG", "OUT", "--memory", "--max-shard-size", "--seed", "--threads", "--no-resume", "--quiet"):
         assert option in text
 
 
@@ -117,6 +126,8 @@ def test_demo_help_lists_demos_and_adapt_help_lists_options(capsys):
         (["demo", "transport", "--seed", "-1"], "seed: expected a whole number"),
         (["demo", "transport", "--seed", "x"], "--seed"),
         (["demo", "transport", "--methods", "tent"], "--methods"),
+        (["demo", "merge", "--seed", "-1"], "seed: expected a whole number"),
+        (["demo", "merge", "--severity", "3"], "--severity"),
     ],
 )
 def test_wrong_demo_arguments_are_usage_errors(arguments, message, capsys, tmp_path, monkeypatch):
@@ -130,7 +141,7 @@ def test_wrong_demo_arguments_are_usage_errors(arguments, message, capsys, tmp_p
 
 
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib", "rich"])
-@pytest.mark.parametrize("demo", ["adapt", "transport"])
+@pytest.mark.parametrize("demo", ["adapt", "transport", "merge"])
 def test_a_missing_optional_package_is_one_line(package, demo, tmp_path):
     run = f"from shiftkern.cli import main; sys.exit(main(['demo', {demo!r}]))"
     code = f"import sys; sys.modules[{package!r}] = None; {run}"
@@ -140,7 +151,7 @@ def test_a_missing_optional_package_is_one_line(package, demo, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("demo", ["adapt", "transport"])
+@pytest.mark.parametrize("demo", ["adapt", "transport", "merge"])
 def test_an_output_folder_that_cannot_be_made_is_one_line(demo, capsys, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shiftkern import norm, ot, tta
+from shiftkern import attention, merge, norm, ot, tta
 
 from helpers import process
 
@@ -95,3 +95,13 @@ def test_the_recipe_is_included_in_the_site():
 @pytest.mark.parametrize("public", ot.__all__)
 def test_the_guide_to_ot_describes(public: str):
     assert re.search(rf"`{public}(?!\w)", (ROOT / "docs" / "guide-ot.md").read_text())
+
+
+@pytest.mark.parametrize("public", attention.__all__)
+def test_the_guide_to_attention_describes(public: str):
+    assert re.search(rf"`{public}(?!\w)", (ROOT / "docs" / "guide-attention.md").read_text())
+
+
+@pytest.mark.parametrize("public", merge.__all__)
+def test_the_guide_to_merge_describes(public: str):
+    assert re.search(rf"`{public}(?!\w)", (ROOT / "docs" / "guide-merge.md").read_text())

@@ -27,6 +27,8 @@ def refuse_type(op: str, name: str, expected: str, got: object) -> NoReturn:
 
 def describe(value: object) -> str:
     """Say what a value is, shortly."""
+    if isinstance(value, Tensor) and value.is_nested:
+        return f"a nested {value.dtype} tensor"
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)

@@ -1,7 +1,8 @@
 """The one boundary: tensors to the extension, NumPy arrays to tensors.
 
 The extension reads and writes memory it is shown as ``(address, number of elements, type code)``. Only this module
-makes such tuples, and only of contiguous CPU tensors; callers keep the tensor alive until the extension returns.
+makes such tuples, and only of CPU tensors without gaps, or with strides beside them; callers keep the tensor alive
+until the extension returns.
 """
 
 from __future__ import annotations
@@ -16,9 +17,22 @@ from torch import Tensor
 from shiftkern._checks import describe, refuse_type
 from shiftkern._runtime import get_num_threads as threads
 
-__all__ = ["View", "accept", "from_numpy", "optional_view", "threads", "view"]
+__all__ = [
+    "TokensView",
+    "View",
+    "accept",
+    "from_numpy",
+    "optional_view",
+    "strided",
+    "threads",
+    "tokens_view",
+    "type_code",
+    "view",
+]
 
 View: TypeAlias = tuple[int, int, int]
+#: Memory from the first to the last element, shape, and strides but for that of the channels, which is 1.
+TokensView: TypeAlias = tuple[View, tuple[int, ...], tuple[int, ...]]
 
 _CODES = {
     torch.float32: 0,
@@ -34,6 +48,25 @@ _CODES = {
 def view(tensor: Tensor) -> View:
     """Describe the memory of a contiguous CPU tensor (in any dense memory format)."""
     return tensor.data_ptr(), tensor.numel(), _CODES[tensor.dtype]
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Return a (B, H, N, D) tensor whose channels lie side by side: itself where they do."""
+    return tensor if tensor.shape[3] <= 1 or tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def tokens_view(tensor: Tensor) -> TokensView:
+    """Describe the memory of a (B, H, N, D) tensor from :func:`strided`; other axes may have any strides."""
+    shape, strides = tuple(tensor.shape), tensor.stride()[:3]
+    span = 0
+    if tensor.numel():
+        span = shape[3] + sum((size - 1) * stride for size, stride in zip(shape[:3], strides, strict=True))
+    return (tensor.data_ptr(), span, _CODES[tensor.dtype]), shape, strides
+
+
+def type_code(tensor: Tensor) -> int:
+    """Return the extension's number for a tensor's dtype."""
+    return _CODES[tensor.dtype]
 
 
 def optional_view(tensor: Tensor | None) -> View | None:

@@ -91,7 +91,10 @@ def _direct(name: str, operator: Callable[..., Any], rust: Callable[..., Any]) -
             for argument in args:
                 for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
                     if isinstance(tensor, Tensor) and not (
-                        type(tensor) in _PLAIN and tensor.is_cpu and not (gradients and tensor.requires_grad)
+                        type(tensor) in _PLAIN
+                        and tensor.is_cpu
+                        and not tensor.is_neg()
+                        and not (gradients and tensor.requires_grad)
                     ):
                         return operator(*args)
             return rust(*args)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from shiftkern._crossing import View
+from shiftkern._crossing import TokensView, View
 
 __all__ = [
+    "block_sparse_attention",
+    "block_sparse_attention_backward",
     "build_info",
     "channel_affine",
     "channel_combine",
@@ -12,7 +14,16 @@ __all__ = [
     "channel_moments",
     "ema_update",
     "lame",
+    "merge_dots",
+    "merge_linear",
+    "merge_magnitude_sums",
+    "merge_masked",
+    "merge_states",
+    "merge_states_backward",
+    "merge_thresholds",
     "mixed_batch_norm",
+    "neighborhood",
+    "neighborhood_backward",
     "network_sort",
     "network_sort_backward",
     "plan",
@@ -21,12 +32,16 @@ __all__ = [
     "plan_count",
     "plan_sums",
     "plan_values",
+    "reattention_capture",
+    "reattention_step",
     "sinkhorn",
     "sinkhorn_assign",
     "sinkhorn_half_step",
     "soft_order",
     "soft_order_backward",
     "style_shift",
+    "token_shift",
+    "token_shift_backward",
     "unmix_norm",
     "unmix_update",
 ]
@@ -36,8 +51,59 @@ _SoftOrder = tuple[bool, bool, float, bool]
 _NetworkSort = tuple[str, str, float, bool]
 _Source = tuple[View, View | None, int, str]
 _Potentials = tuple[View, View, float]
+_Attended = tuple[View, View, View, View | None]
+_Pair = tuple[int, int]
+_Neighborhood = tuple[tuple[int, int, _Pair, int], tuple[_Pair, _Pair, bool, float]]
+
+_Mask = dict[str, Any]
+_State = tuple[View, View]
 
 def build_info() -> dict[str, str]: ...
+def block_sparse_attention(
+    q: TokensView, k: TokensView, v: TokensView, mask: _Mask, out: View, lse: View, threads: int
+) -> None: ...
+def block_sparse_attention_backward(
+    grad_out: TokensView,
+    grad_lse: View | None,
+    q: TokensView,
+    k: TokensView,
+    v: TokensView,
+    out: View,
+    lse: View,
+    mask: _Mask,
+    gradients: tuple[View, ...],
+    threads: int,
+) -> None: ...
+def reattention_capture(
+    q: TokensView,
+    k: TokensView,
+    v: TokensView,
+    mask: _Mask,
+    tensors: tuple[View, ...],
+    statistics: tuple[View, ...],
+    threads: int,
+) -> None: ...
+def reattention_step(
+    q: TokensView,
+    k: TokensView,
+    v: TokensView,
+    carried: View,
+    factors: tuple[View, View] | None,
+    lse_rest: View | None,
+    mask: _Mask,
+    out: View,
+    lse: View,
+    threads: int,
+) -> None: ...
+def merge_states(parts: list[_State], out: View, lse: View, threads: int) -> None: ...
+def merge_states_backward(
+    parts: list[_State],
+    merged: _State,
+    grad_out: View,
+    grad_lse: View | None,
+    gradients: list[_State],
+    threads: int,
+) -> None: ...
 def channel_moments(
     x: View, shape: _Layout, mask: View | None, mean: View, m2: View, count: View, threads: int
 ) -> None: ...
@@ -159,5 +225,44 @@ def network_sort_backward(
     columns: int,
     options: _NetworkSort,
     grad: View,
+    threads: int,
+) -> None: ...
+def merge_linear(
+    base_view: View | None, models: list[View], weights: list[float], out: View, threads: int
+) -> int | None: ...
+def merge_masked(
+    base_view: View | None,
+    models: list[View],
+    keep: dict[str, Any],
+    combine: dict[str, Any],
+    out: View,
+    threads: int,
+) -> int | None: ...
+def merge_thresholds(
+    bases: list[View] | None, models: list[View], ranks: list[int], dtype: int, threads: int
+) -> tuple[list[float], int | None]: ...
+def merge_magnitude_sums(
+    base_view: View | None, models: list[View], keep: dict[str, Any], dtype: int, threads: int
+) -> tuple[list[float], int | None]: ...
+def merge_dots(
+    base_view: View | None, models: list[View], gradient: View, threads: int
+) -> tuple[list[float], int | None]: ...
+def neighborhood(inputs: _Attended, options: _Neighborhood, out: View, lse: View, threads: int) -> None: ...
+def neighborhood_backward(
+    inputs: _Attended,
+    options: _Neighborhood,
+    results: tuple[View, View],
+    grads: tuple[View, View | None],
+    out: _Attended,
+    threads: int,
+) -> None: ...
+def token_shift(
+    inputs: tuple[View, View | None, View], sizes: tuple[int, int, int, int], y: View, threads: int
+) -> None: ...
+def token_shift_backward(
+    grad: View,
+    inputs: tuple[View, View | None, View],
+    sizes: tuple[int, int, int, int],
+    out: tuple[View, View | None, View],
     threads: int,
 ) -> None: ...

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_merge(commands)
     _add_methods(commands)
     _add_info(commands)
     return parser
@@ -103,6 +104,7 @@ def _add_demo(commands: Commands) -> None:
     demos = parser.add_subparsers(title="demos", metavar="DEMO", required=True)
     _add_demo_adapt(demos)
     _add_demo_transport(demos)
+    _add_demo_merge(demos)
 
 
 def _add_demo_adapt(demos: Commands) -> None:
@@ -168,12 +170,90 @@ def _demo_transport(args: argparse.Namespace) -> int:
     return show(options, args.out)
 
 
+def _add_demo_merge(demos: Commands) -> None:
+    parser = demos.add_parser(
+        "merge",
+        help="three experts merged into one network by every method, and two strangers aligned",
+        description="Fine-tune a small network on three kinds of shifted digits, merge the three by every method, and "
+        "align two networks that were trained independently; print accuracies, loss barriers and times, and write a "
+        "picture. Takes less than a minute; --quick a few seconds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides data split, networks and noise")
+    parser.add_argument(
+        "--out", type=Path, default=Path("shiftkern-demo"), metavar="DIR", help="where to write picture and results"
+    )
+    parser.add_argument("--quick", action="store_true", help="less training, fewer images")
+    parser.set_defaults(run=_demo_merge, parser=parser)
+
+
+def _demo_merge(args: argparse.Namespace) -> int:
+    try:
+        from shiftkern.demo.merge import Options
+        from shiftkern.demo.merge_show import main as show
+    except ModuleNotFoundError as error:
+        return _missing(error)
+    try:
+        options = Options(args.seed, args.quick)
+    except ValueError as error:
+        args.parser.error(str(error))
+    return show(options, args.out)
+
+
 def _missing(error: ModuleNotFoundError) -> int:
     """Name the optional package that a demo lacks; anything else that is missing is a fault of ours."""
     package = (error.name or "").partition(".")[0]
     if package not in _DEMO_PACKAGES:
         raise error
     return _fail(f"the demo needs {package}: pip install 'shiftkern[demo]'", 2)
+
+
+def _add_merge(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="merge models in safetensors files, as a mergekit configuration says",
+        description="Merge models in safetensors files, as a mergekit configuration says: linear, slerp, "
+        "task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs or della of whole models. Needs little memory; a "
+        "merge that was stopped goes on when the same command is given again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the configuration, in YAML")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder to make, or a .safetensors file")
+    parser.add_argument("--memory", default="1GB", metavar="SIZE", help="bound on buffers, such as 512MB")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file in a folder")
+    parser.add_argument("--seed", type=int, default=0, help="for the methods that draw")
+    parser.add_argument("--threads", type=int, metavar="N", help="how many threads to use")
+    parser.add_argument("--no-resume", action="store_true", help="start anew what was stopped")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
+    parser.set_defaults(run=_merge, parser=parser)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    import shiftkern
+    from shiftkern.merge.config import read_config
+    from shiftkern.merge.files import merge_files
+
+    try:
+        if args.threads is not None:
+            shiftkern.set_num_threads(args.threads)
+        config = read_config(args.config, seed=args.seed)
+        report = merge_files(
+            config.base,
+            config.models,
+            args.out,
+            config.method,
+            memory=args.memory,
+            resume=not args.no_resume,
+            progress=not args.quiet,
+            max_shard_size=args.max_shard_size,
+            **config.options,
+        )
+    except shiftkern.ArgumentError as error:
+        return _fail(str(error), 2)
+    if not args.quiet:
+        speed = f"{report.bytes_read / 1e6:.0f} MB read and {report.bytes_written / 1e6:.0f} MB written"
+        print(f"{report.out}: {report.tensors} tensors, {speed} in {report.seconds:.1f} s")
+    return 0
 
 
 def _add_methods(commands: Commands) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shiftkern._ops import attention, merge, neighborhood, ot, shift, sort, tta
 from shiftkern._ops import norm as ops
-from shiftkern._ops import ot, sort, tta
+from shiftkern.attention import BlockMask
 
 from helpers.strategies import affine, lay_out, make
 
@@ -309,6 +310,211 @@ def _diffsort_backward() -> list[Arguments]:
     return out
 
 
+def _spread(mask: BlockMask, scale: float) -> Arguments:
+    """A mask as the operators take it."""
+    return mask.indptr, mask.indices, mask.inner, mask.patterns, *mask.block, scale
+
+
+#: (B, H, groups, N, M, D, Dv), layout of the queries and keys, dtype
+_HEADS = [
+    ((2, 3, 3, 9, 11, 4, 4), "contiguous", torch.float32),
+    ((2, 4, 2, 9, 11, 5, 3), "contiguous", torch.float64),
+    ((1, 2, 1, 20, 18, 8, 8), "transposed", torch.float32),
+    ((2, 2, 2, 9, 11, 3, 2), "sliced", torch.float64),
+    ((2, 2, 2, 9, 11, 4, 4), "channels_last", torch.float16),
+    ((2, 2, 2, 9, 11, 4, 4), "offset", torch.bfloat16),
+    ((2, 2, 2, 0, 11, 4, 4), "contiguous", torch.float32),
+    ((2, 2, 2, 9, 0, 4, 4), "contiguous", torch.float64),
+    ((2, 2, 2, 9, 11, 4, 0), "contiguous", torch.float32),
+]
+
+
+def _attention() -> list[tuple[tuple[Tensor, Tensor, Tensor], Arguments]]:
+    """Queries, keys and values, and masks with empty rows, full and partial blocks, and maps for batches and heads."""
+    out = []
+    for i, ((batch, heads, groups, n_q, n_k, width, value_width), layout, dtype) in enumerate(_HEADS):
+        q = lay_out(make((batch, heads, n_q, width), dtype, i, mean=0), layout)
+        k = lay_out(make((batch, groups, n_k, width), dtype, i + 1, mean=0), layout)
+        v = make((batch, groups, n_k, value_width), dtype, i + 2, mean=0)
+        kept = make((batch if i % 2 else 1, heads if i % 3 else 1, n_q, n_k), torch.float64, i + 3) > 0
+        kept[..., 4:8] = True
+        kept[..., :4, 4:8] = False
+        kept[:, :, 5:6] = False
+        out.append(((q, k, v), _spread(BlockMask.from_bool(kept, (4, 4)), 0.6)))
+    return out
+
+
+def _sparse_attention() -> list[Arguments]:
+    samples = [(*tensors, *mask) for tensors, mask in _attention()]
+    tensors, mask = _attention()[1]
+    return [*samples, (*map(_grads, tensors), *mask)]
+
+
+def _sparse_attention_backward() -> list[Arguments]:
+    out = []
+    for i, (tensors, mask) in enumerate(_attention()):
+        result, lse = attention._block_sparse_attention_torch(*tensors, *mask)
+        grad_lse = make(tuple(lse.shape), lse.dtype, 5) if i % 2 else None
+        out.append((make(tuple(result.shape), result.dtype, 4), grad_lse, *tensors, result, lse, *mask))
+    return out
+
+
+def _captures() -> list[Arguments]:
+    return [(*tensors, i % 3 != 0, i % 3 != 1, *mask) for i, (tensors, mask) in enumerate(_attention())]
+
+
+def _steps() -> list[Arguments]:
+    out = []
+    for i, (tensors, mask) in enumerate(_attention()):
+        _, rho, share, _, lse_rest, rest, difference = attention._capture_torch(*tensors, True, True, *mask)
+        carried = [(rest, rho + 0.1, share, None), (rest, None, None, lse_rest), (difference, None, None, None)]
+        out.append((*tensors, *carried[i % 3], *mask))
+    return out
+
+
+def _states() -> list[tuple[Tensor, Tensor]]:
+    """Outputs and log-sum-exps of three parts, some of them without keys."""
+    out = []
+    for i, (_, _, dtype) in enumerate(_HEADS[:6]):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        lse = make((3, 2, 5, 7), wide, i)
+        out.append((make((3, 2, 5, 7, 1 + i), dtype, i + 1), lse.masked_fill(lse < -0.5, -torch.inf)))
+    return [*out, (make((1, 0, 4)), make((1, 0))), (make((2, 3, 0)), make((2, 3)))]
+
+
+def _merge() -> list[Arguments]:
+    pairs = [(o[0], lse[0], o[-1], lse[-1]) for o, lse in _states()]
+    return [*pairs, tuple(map(_grads, pairs[1])), (lay_out(pairs[0][0], "transposed"), *pairs[0][1:])]
+
+
+def _merge_many() -> list[Arguments]:
+    o, lse = _states()[1]
+    return [*_states(), (_grads(o), _grads(lse)), (lay_out(o, "transposed"), lay_out(lse, "transposed"))]
+
+
+def _merge_backward() -> list[Arguments]:
+    out = []
+    for i, (o, lse) in enumerate(_states()):
+        merged, total = attention._merge_torch(list(o), list(lse))
+        grad_lse = make(tuple(total.shape), total.dtype, 5) if i % 2 else None
+        out.append((list(o), list(lse), merged, total, make(tuple(merged.shape), merged.dtype, 4), grad_lse))
+    return out
+
+
+#: (shape, kernel, dilation, clamp, dtype, layout)
+_WINDOWS = [
+    ((2, 2, 4, 5, 3), [3, 3], [1, 1], True, torch.float64, "contiguous"),
+    ((1, 2, 7, 6, 8), [5, 3], [1, 2], True, torch.float32, "transposed"),
+    ((1, 1, 4, 9, 5), [3, 7], [2, 1], False, torch.float32, "sliced"),
+    ((1, 2, 3, 10, 24), [3, 9], [1, 1], True, torch.float64, "contiguous"),
+    ((2, 1, 5, 5, 4), [3, 3], [1, 1], False, torch.bfloat16, "contiguous"),
+    ((1, 1, 5, 5, 33), [5, 5], [1, 1], True, torch.float16, "contiguous"),
+    ((0, 2, 3, 3, 4), [3, 3], [1, 1], True, torch.float32, "contiguous"),
+    ((1, 2, 3, 3, 0), [3, 3], [1, 1], True, torch.float32, "contiguous"),
+]
+
+
+def _windows() -> list[Arguments]:
+    out = []
+    for i, (shape, kernel, dilation, clamp, dtype, layout) in enumerate(_WINDOWS):
+        q, k, v = (lay_out(make(shape, dtype, seed, mean=0.0) / 2, layout) for seed in (i, i + 1, i + 2))
+        bias = make((shape[1], 2 * kernel[0] - 1, 2 * kernel[1] - 1), dtype, i) if i % 3 else None
+        out.append((q, k, v, bias, *kernel, *dilation, clamp, 0.4))
+    q, k, v, _, *options = out[3]
+    bias = make((2, 5, 17), torch.float64)
+    return [*out, (*map(_grads, (q, k, v, bias)), *options)]
+
+
+def _windows_backward() -> list[Arguments]:
+    out = []
+    for i, arguments in enumerate(_windows()):
+        inputs = [None if t is None else t.detach() for t in arguments[:4]]
+        options = arguments[4:]
+        results = neighborhood._torch(*inputs, *options)
+        grad, grad_lse = (make(tuple(t.shape), t.dtype, 9, mean=0.0) / 4 for t in results)
+        out.append((grad, grad_lse if i % 2 else None, *inputs, *results, *options))
+    return out
+
+
+def _token_shift() -> list[Arguments]:
+    out: list[Arguments] = []
+    for i, (dtype, layout) in enumerate(
+        [
+            (torch.float32, "contiguous"),
+            (torch.float64, "sliced"),
+            (torch.bfloat16, "transposed"),
+            (torch.float16, "contiguous"),
+        ]
+    ):
+        x = lay_out(make((2, 3, 5, 4), dtype, i), layout)
+        out.append((x, make((2, 3, 4), dtype, 7) if i % 2 else None, make((3, 2), torch.float64, 8)))
+    x, last, mix = out[1]
+    empty = make((2, 3, 0, 4)), make((2, 3, 4)), make((3, 2))
+    return [*out, empty, (_grads(x.clone()), _grads(last), _grads(mix))]
+
+
+def _token_shift_backward() -> list[Arguments]:
+    plain = [tuple(None if t is None else t.detach() for t in arguments) for arguments in _token_shift()]
+    return [(make(tuple(x.shape), x.dtype, 5), x, *rest) for x, *rest in plain]
+
+
+def _models(dtype: torch.dtype, shape: tuple[int, ...], count: int = 3) -> tuple[Tensor, list[Tensor]]:
+    base = make(shape, dtype)
+    return base, [lay_out(make(shape, dtype, 1 + k), "contiguous") for k in range(count)]
+
+
+def _merge_cases() -> list[tuple[Tensor | None, list[Tensor]]]:
+    cases: list[tuple[Tensor | None, list[Tensor]]] = [
+        _models(dtype, (37, 41)) for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    ]
+    base, models = _models(torch.float32, (6, 5))
+    cases += [
+        (None, models),
+        (base.T, [m.T for m in models]),
+        _models(torch.float64, (0, 3)),
+        _models(torch.float32, ()),
+    ]
+    cases.append((base, [models[0], torch.full_like(base, torch.inf)]))
+    return cases
+
+
+def _linear() -> list[Arguments]:
+    return [(base, models, [0.3, -0.5, 1.0][: len(models)]) for base, models in _merge_cases()]
+
+
+def _thresholds() -> list[Arguments]:
+    out: list[Arguments] = []
+    for base, models in _merge_cases():
+        n = models[0].numel()
+        out.append(([] if base is None else [base], models, [0, n // 3 + 1, n][: len(models)]))
+    base, models = _models(torch.float32, (7,), 4)
+    out.append(([base, base], models, [3, 14]))
+    return out
+
+
+def _keep(models: list[Tensor]) -> Arguments:
+    count = len(models)
+    return [0.1, 0.0, 0.4][:count], [1e30, 2.0, 1e30][:count], 0.25, [5, -7, 2**40][:count], 3
+
+
+def _magnitude_sums() -> list[Arguments]:
+    return [(base, models, *_keep(models)) for base, models in _merge_cases()]
+
+
+def _masked() -> list[Arguments]:
+    out: list[Arguments] = []
+    for i, (base, models) in enumerate(_merge_cases()):
+        how = ("none", "unweighted", "weighted")[i % 3], ("none", "count", "weight")[i // 3 % 3]
+        numbers = [0.3, -0.5, 1.0][: len(models)], [1.0, 2.0, 0.5][: len(models)]
+        out.append((base, models, *_keep(models), *numbers, 0.7, *how, 1.0))
+    return out
+
+
+def _dots() -> list[Arguments]:
+    # opcheck cannot compare the NaN that the last case gives.
+    return [(base, models, make(tuple(models[0].shape), models[0].dtype, 9)) for base, models in _merge_cases()[:-1]]
+
+
 SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "channel_moments": _moments,
     "channel_affine": lambda: _with_coefficients(3, gradient=False),
@@ -335,6 +541,22 @@ SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "samples_apply": _samples_applied,
     "sinkhorn_assign": _assign,
     "sinkhorn_half_step": _half_steps,
+    "block_sparse_attention": _sparse_attention,
+    "block_sparse_attention_backward": _sparse_attention_backward,
+    "reattention_capture": _captures,
+    "reattention_step": _steps,
+    "merge_state": _merge,
+    "merge_states": _merge_many,
+    "merge_states_backward": _merge_backward,
+    "neighborhood": _windows,
+    "neighborhood_backward": _windows_backward,
+    "token_shift": _token_shift,
+    "token_shift_backward": _token_shift_backward,
+    "merge_linear": _linear,
+    "merge_thresholds": _thresholds,
+    "merge_magnitude_sums": _magnitude_sums,
+    "merge_masked": _masked,
+    "merge_dots": _dots,
 }
 
 #: The implementation in Rust and the one in torch operations.
@@ -364,6 +586,28 @@ PATHS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "samples_apply": (ot._samples_apply_rust, ot._samples_apply_torch),
     "sinkhorn_assign": (ot._assign_rust, ot._assign_torch),
     "sinkhorn_half_step": (ot._half_step_rust, ot._half_step_torch),
+    "block_sparse_attention": (attention._block_sparse_attention_rust, attention._block_sparse_attention_torch),
+    "block_sparse_attention_backward": (attention._backward_rust, attention._backward_torch),
+    "reattention_capture": (attention._capture_rust, attention._capture_torch),
+    "reattention_step": (attention._step_rust, attention._step_torch),
+    "merge_state": (
+        lambda o_a, lse_a, o_b, lse_b: attention._merge_rust([o_a, o_b], [lse_a, lse_b]),
+        lambda o_a, lse_a, o_b, lse_b: attention._merge_torch([o_a, o_b], [lse_a, lse_b]),
+    ),
+    "merge_states": (
+        lambda o, lse: attention._merge_rust(list(o), list(lse)),
+        lambda o, lse: attention._merge_torch(list(o), list(lse)),
+    ),
+    "merge_states_backward": (attention._merge_backward_rust, attention._merge_backward_torch),
+    "neighborhood": (neighborhood._rust, neighborhood._torch),
+    "neighborhood_backward": (neighborhood._backward_rust, neighborhood._backward_torch),
+    "token_shift": (shift._rust, shift._torch),
+    "token_shift_backward": (shift._backward_rust, shift._backward_torch),
+    "merge_linear": (merge._linear_rust, merge._linear_torch),
+    "merge_thresholds": (merge._thresholds_rust, merge._thresholds_torch),
+    "merge_magnitude_sums": (merge._magnitude_sums_rust, merge._magnitude_sums_torch),
+    "merge_masked": (merge._masked_rust, merge._masked_torch),
+    "merge_dots": (merge._dots_rust, merge._dots_torch),
 }
 
 

@@ -86,7 +86,16 @@ def build_network(seed: int, width: int = 16) -> nn.Sequential:
         )
 
 
-def train(network: nn.Module, images: Tensor, labels: Tensor, *, seed: int, epochs: int, batch_size: int = 64) -> None:
+def train(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    epochs: int,
+    batch_size: int = 64,
+    max_lr: float = 1e-2,
+) -> None:
     """
     Train in place on clean images and leave the network in eval mode.
 
@@ -95,7 +104,7 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, *, seed: int, epoc
     generator = torch.Generator().manual_seed(seed)
     steps = len(labels) // batch_size
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=epochs * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=epochs * steps)
     network.train()
     for _ in range(epochs):
         order = torch.randperm(len(labels), generator=generator)

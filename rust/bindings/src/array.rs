@@ -112,6 +112,11 @@ impl View {
         Ok(())
     }
 
+    /// Nothing, of the given type: where the type alone is asked for.
+    pub fn typed(code: u8) -> Self {
+        Self(0, 0, code)
+    }
+
     /// The type code.
     pub fn code(self) -> u8 {
         self.2

@@ -5,9 +5,13 @@
 #![allow(clippy::needless_pass_by_value, reason = "extracted arguments arrive by value")]
 
 mod array;
+mod attention;
+mod merge;
+mod neighborhood;
 mod norm;
 mod ot;
 mod run;
+mod shift;
 mod sort;
 mod tta;
 
@@ -30,6 +34,15 @@ mod _native {
     #[pymodule_export]
     use super::build_info;
     #[pymodule_export]
+    use crate::attention::{
+        block_sparse_attention, block_sparse_attention_backward, merge_states, merge_states_backward,
+        reattention_capture, reattention_step,
+    };
+    #[pymodule_export]
+    use crate::merge::{merge_dots, merge_linear, merge_magnitude_sums, merge_masked, merge_thresholds};
+    #[pymodule_export]
+    use crate::neighborhood::{neighborhood, neighborhood_backward};
+    #[pymodule_export]
     use crate::norm::{
         channel_affine, channel_combine, channel_dot, channel_moments, ema_update, mixed_batch_norm, style_shift,
         unmix_norm, unmix_update,
@@ -39,6 +52,8 @@ mod _native {
         plan, plan_apply, plan_apply_transposed, plan_count, plan_sums, plan_values, sinkhorn, sinkhorn_assign,
         sinkhorn_half_step,
     };
+    #[pymodule_export]
+    use crate::shift::{token_shift, token_shift_backward};
     #[pymodule_export]
     use crate::sort::{network_sort, network_sort_backward, soft_order, soft_order_backward};
     #[pymodule_export]

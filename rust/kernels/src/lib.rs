@@ -4,8 +4,10 @@
 //! threads), then one module per domain ([`norm`], [`ot`], [`sort`], [`tta`]). Every kernel writes into memory of its
 //! caller, returns a [`KernelError`] instead of panicking, and gives the same bits for any number of threads.
 
+pub mod attention;
 pub mod error;
 pub mod exec;
+pub mod merge;
 pub mod norm;
 pub mod ot;
 mod packed;

@@ -41,6 +41,16 @@ pub trait Real:
     fn sum_panel(panel: &Self::Panel) -> f64;
     /// Square root.
     fn root(self) -> Self;
+    /// Absolute value.
+    fn magnitude(self) -> Self;
+    /// 0 but for NaN and infinities, which give NaN: sums of it tell whether there were any.
+    fn unless_finite(self) -> Self;
+    /// Bits of the type.
+    const BITS: u32;
+    /// Its bits, those of a narrow type at the low end; in the order of the numbers where they are not negative.
+    fn bits(self) -> u64;
+    /// The number of such bits.
+    fn of_bits(bits: u64) -> Self;
     /// Rounds to nearest.
     fn from_f64(value: f64) -> Self;
     /// Exact.
@@ -128,6 +138,23 @@ macro_rules! real {
             #[inline(always)]
             fn root(self) -> Self {
                 self.sqrt()
+            }
+            #[inline(always)]
+            fn magnitude(self) -> Self {
+                self.abs()
+            }
+            #[inline(always)]
+            fn unless_finite(self) -> Self {
+                self * 0.0
+            }
+            const BITS: u32 = 8 * size_of::<$type>() as u32;
+            #[inline(always)]
+            fn bits(self) -> u64 {
+                self.to_bits().into()
+            }
+            #[inline(always)]
+            fn of_bits(bits: u64) -> Self {
+                <$type>::from_bits(bits as _)
             }
             #[inline(always)]
             fn from_f64(value: f64) -> Self {

@@ -8,10 +8,12 @@
 mod element;
 mod math;
 mod reduce;
+mod tile;
 
 pub use element::{Element, Real, TILE_ROWS};
 pub use math::{Transcendental, exp, exp_in_place, log, log_in_place, softmax_in_place};
 pub use reduce::Reductions;
+pub use tile::{Gathered, MOST_LANES, ROWS, Tiled, dispatch_simd, panel};
 
 use pulp::{Arch, Simd, WithSimd};
 use std::sync::OnceLock;

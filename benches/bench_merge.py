@@ -1,0 +1,224 @@
+"""Merging against torch, PEFT and mergekit: 20 M parameters in memory, and files of a large model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft.utils import merge_utils
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shiftkern.merge import dare, task_arithmetic, ties
+
+from harness import Result, Timing, interleave
+
+State = dict[str, Tensor]
+TENSORS, ELEMENTS, MODELS = 20, 1_000_000, 4
+#: Layers, width, inner width and vocabulary of the model in files, by default of 1.05 billion parameters.
+LLAMA = json.loads(os.environ.get("SHIFTKERN_BENCH_LLAMA", "[24, 1792, 4864, 32000]"))
+#: A folder with mergekit, installed without its pins: ``pip install --no-deps --target FOLDER mergekit ...``.
+MERGEKIT = os.environ.get("SHIFTKERN_BENCH_MERGEKIT")
+
+
+def states() -> tuple[State, list[State]]:
+    generator = torch.Generator().manual_seed(0)
+    base = {f"w{i}": torch.randn(ELEMENTS, generator=generator) for i in range(TENSORS)}
+    models = [
+        {name: t + 0.01 * torch.randn(ELEMENTS, generator=generator) for name, t in base.items()} for _ in range(MODELS)
+    ]
+    return base, models
+
+
+def torch_task_arithmetic(base: State, models: list[State], weight: float) -> State:
+    merged = {}
+    for name, start in base.items():
+        merged[name] = start * (1.0 - weight * len(models))
+        for model in models:
+            merged[name].add_(model[name], alpha=weight)
+    return merged
+
+
+def torch_ties(base: State, models: list[State], density: float) -> State:
+    merged = {}
+    for name, start in base.items():
+        deltas = torch.stack([model[name] - start for model in models])
+        rank = start.numel() - round(density * start.numel()) + 1
+        limits = deltas.abs().kthvalue(rank, dim=1, keepdim=True).values
+        deltas.masked_fill_(deltas.abs() < limits, 0.0)
+        total = deltas.sum(0)
+        agree = deltas.sign() == torch.where(total >= 0, 1.0, -1.0)
+        merged[name] = start + (deltas * agree).sum(0) / agree.sum(0).clamp(min=1)
+    return merged
+
+
+def peft_ties(base: State, models: list[State], density: float) -> State:
+    merged = {}
+    for name, start in base.items():
+        deltas = [model[name] - start for model in models]
+        merged[name] = start + merge_utils.ties(deltas, torch.ones(len(models)), density)
+    return merged
+
+
+def torch_dare(base: State, models: list[State], rate: float) -> State:
+    merged = {}
+    for name, start in base.items():
+        merged[name] = start.clone()
+        for model in models:
+            keep = torch.rand_like(start) >= rate
+            merged[name] += (model[name] - start) * keep / (1.0 - rate)
+    return merged
+
+
+def agree(ours: State, theirs: State) -> None:
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5)
+
+
+def in_memory() -> Iterator[Result]:
+    base, models = states()
+    size = f"{MODELS} x {TENSORS * ELEMENTS // 10**6} M, float32"
+    copy: Callable[[], Any] = lambda: [  # noqa: E731
+        torch.stack([base[name], *(model[name] for model in models)]).sum(0) for name in base
+    ]
+    cases: dict[str, Callable[[], Any]] = {
+        "shiftkern": lambda: task_arithmetic(base, models, weights=0.3),
+        "torch": lambda: torch_task_arithmetic(base, models, 0.3),
+    }
+    agree(cases["shiftkern"](), cases["torch"]())
+    yield Result(
+        "task arithmetic", size, interleave(cases, 5), ["shiftkern"], ["torch"], None, [("shiftkern", "torch", 4.0)]
+    )
+    cases = {
+        "shiftkern": lambda: ties(base, models, density=0.2),
+        "torch, kthvalue": lambda: torch_ties(base, models, 0.2),
+        "PEFT": lambda: peft_ties(base, models, 0.2),
+    }
+    agree(cases["shiftkern"](), cases["torch, kthvalue"]())
+    yield Result(
+        "ties",
+        size,
+        interleave(cases, 3),
+        ["shiftkern"],
+        ["torch, kthvalue", "PEFT"],
+        None,
+        [("shiftkern", "best", 20.0)],
+    )
+    yield Result(
+        "ties, global trim",
+        size,
+        interleave({"shiftkern": lambda: ties(base, models, density=0.2, trim_scope="global"), "reading": copy}, 3),
+        ["shiftkern"],
+        ["reading"],
+    )
+    yield Result(
+        "dare",
+        size,
+        interleave(
+            {
+                "shiftkern": lambda: dare(base, models, drop_rate=0.5, seed=0),
+                "torch": lambda: torch_dare(base, models, 0.5),
+            },
+            3,
+        ),
+        ["shiftkern"],
+        ["torch"],
+    )
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """A model with the tensor names of a Llama, in bfloat16; the seed 0 is the base of the others."""
+    layers, width, inner, words = LLAMA
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, width)}
+    for i in range(layers):
+        part = f"model.layers.{i}"
+        shapes |= {f"{part}.self_attn.{n}_proj.weight": (width, width) for n in "qkvo"}
+        shapes |= {f"{part}.mlp.{n}_proj.weight": (inner, width) for n in ("gate", "up")}
+        shapes |= {f"{part}.mlp.down_proj.weight": (width, inner)}
+        shapes |= {f"{part}.{n}_layernorm.weight": (width,) for n in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (width,), "lm_head.weight": (words, width)}
+    tensors = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        tensor = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(number))
+        if seed:
+            tensor += 0.002 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + number))
+        tensors[name] = tensor.bfloat16()
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": words,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def run(command: list[str], path: str | None) -> tuple[float, float]:
+    """Seconds and peak memory in MB of a command; pages of mapped files that it touched count as memory."""
+    environment = dict(os.environ) if path is None else {**os.environ, "PYTHONPATH": path}
+    script = (
+        "import resource, subprocess, sys, time; start = time.perf_counter();"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL);"
+        "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command], check=True, env=environment, capture_output=True, text=True
+    )
+    seconds, peak = map(float, done.stdout.split())
+    return seconds, peak
+
+
+def files() -> Iterator[Result]:
+    """``shiftkern merge`` and mergekit on the same YAML and files, each in a process of its own, in turn."""
+    if MERGEKIT is None:
+        print("files: SHIFTKERN_BENCH_MERGEKIT names no folder with mergekit; left out", flush=True)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for seed in range(4):
+            write_model(folder / f"m{seed}", seed)
+        size = (folder / "m0" / "model.safetensors").stat().st_size
+        lines = ["merge_method: ties", f"base_model: {folder / 'm0'}", "models:"]
+        for seed in range(1, 4):
+            lines += [f"  - model: {folder / f'm{seed}'}", "    parameters: {weight: 1.0, density: 0.2}"]
+        (folder / "ties.yaml").write_text("\n".join([*lines, "parameters: {normalize: true}", "dtype: bfloat16", ""]))
+        commands = {
+            "shiftkern merge": ["-m", "shiftkern", "merge", "--memory", "1GB"],
+            "mergekit": ["-m", "mergekit.scripts.run_yaml", "--no-copy-tokenizer"],
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        peaks: dict[str, float] = {}
+        for turn in range(3):
+            for name, command in commands.items():
+                if sum(seconds[name]) > 60e3:
+                    continue
+                out = folder / f"out-{turn}-{name.split()[0]}"
+                path = MERGEKIT if name == "mergekit" else None
+                took, peak = run([sys.executable, *command, str(folder / "ties.yaml"), str(out)], path)
+                seconds[name].append(1e3 * took)
+                peaks[name] = max(peaks.get(name, 0.0), peak)
+                subprocess.run(["rm", "-r", str(out)], check=True)
+        named = {name: f"{name} (peak {peaks[name]:.0f} MB)" for name in commands}
+        ours, theirs = named["shiftkern merge"], named["mergekit"]
+        timings = {named[n]: Timing(median(s), min(s), max(s)) for n, s in seconds.items()}
+        work = f"ties of 3 models in files, {size / 2e9:.2f} G parameters, bfloat16"
+        yield Result(work, "memory 1 GB", timings, [ours], [theirs], None, [(ours, theirs, 3.0)])
+
+
+def results() -> Iterator[Result]:
+    yield from in_memory()
+    yield from files()

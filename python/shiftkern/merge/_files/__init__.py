@@ -1,0 +1,1 @@
+"""Merging of files: reading and writing safetensors, statistics in streaming passes, and journals to go on from."""
