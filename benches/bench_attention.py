@@ -66,7 +66,7 @@ def window(n: int) -> Result:
     dense_mask = (offset >= -left) & (offset <= right)
     compiled = torch.compile(flex.flex_attention, dynamic=False)
     flex_mask = flex.create_block_mask(
-        lambda b, h, i, j: (j - i >= -left) & (j - i <= right), None, None, n, n, device="cpu"
+        lambda b, h, i, j: (j - i >= -left) & (j - i <= right), None, None, n, n, device="cpu", BLOCK_SIZE=BLOCK
     )
     peers: dict[str, Callable[[], Any]] = {
         "SDPA with a mask": lambda: F.scaled_dot_product_attention(q, k, v, dense_mask),
@@ -94,29 +94,49 @@ def window(n: int) -> Result:
     )
 
 
-def blocks(n: int, density: float) -> Result:
+def blocks(n: int) -> Iterator[Result]:
+    """All densities in one run, so that their times compare."""
     q, k, v = tokens(n)
-    dense_mask = random_blocks(n, density)
-    mask = BlockMask.from_bool(dense_mask, BLOCK)
-    cases: dict[str, Callable[[], Any]] = {
-        "shiftkern": lambda: sparse_attention(q, k, v, mask),
-        "SDPA with a mask": lambda: F.scaled_dot_product_attention(q, k, v, dense_mask),
-        "SDPA, dense": lambda: F.scaled_dot_product_attention(q, k, v),
-    }
-    check(cases, ["SDPA with a mask", "shiftkern"])
-    timings = interleave(cases, 5)
+    compiled = torch.compile(flex.flex_attention, dynamic=False)
+    cases: dict[str, Callable[[], Any]] = {"SDPA, dense": lambda: F.scaled_dot_product_attention(q, k, v)}
+    masks = {}
+    for density in DENSITIES:
+        dense_mask = random_blocks(n, density)
+        masks[density] = mask = BlockMask.from_bool(dense_mask, BLOCK)
+        kept = dense_mask[::BLOCK, ::BLOCK]
+        order = kept.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+        # Every block that is kept is kept as a whole.
+        flex_mask = flex.BlockMask.from_kv_blocks(
+            torch.zeros_like(order[..., 0]),
+            torch.zeros_like(order),
+            kept.sum(1).int()[None, None],
+            order,
+            BLOCK,
+            None,
+            (n, n),
+        )
+        cases[f"{density}/shiftkern"] = lambda mask=mask: sparse_attention(q, k, v, mask)
+        cases[f"{density}/SDPA with a mask"] = lambda m=dense_mask: F.scaled_dot_product_attention(q, k, v, m)
+        cases[f"{density}/FlexAttention, compiled"] = lambda m=flex_mask: compiled(q, k, v, block_mask=m)
+        with torch.no_grad():
+            check(cases, [f"{density}/{case}" for case in ("SDPA with a mask", "shiftkern", "FlexAttention, compiled")])
+    with torch.no_grad():
+        timings = interleave(cases, 5)
     dense = timings["SDPA, dense"].median
-    # At most 1.5 times the kept share of the dense time, and a millisecond.
-    asked = [("shiftkern", "SDPA, dense", dense / (1.5 * mask.density * dense + 1.0))]
-    return Result(
-        "random blocks",
-        f"N={n}, {100 * density:g} % kept",
-        timings,
-        ["shiftkern"],
-        ["SDPA with a mask", "SDPA, dense"],
-        None,
-        asked if density < 0.5 else [],
-    )
+    peers = ["SDPA with a mask", "FlexAttention, compiled", "SDPA, dense"]
+    for density, mask in masks.items():
+        own = {case: timings[f"{density}/{case}"] for case in ("shiftkern", *peers[:2])}
+        # At most 1.5 times the kept share of the dense time, and a millisecond.
+        asked = [("shiftkern", "SDPA, dense", dense / (1.5 * mask.density * dense + 1.0))]
+        yield Result(
+            "random blocks",
+            f"N={n}, {100 * density:g} % kept",
+            {**own, "SDPA, dense": timings["SDPA, dense"]},
+            ["shiftkern"],
+            peers,
+            None,
+            asked if density < 0.5 else [],
+        )
 
 
 def backward(n: int, density: float) -> Result:
@@ -183,10 +203,9 @@ def merging(n: int) -> Result:
 
 
 def results() -> Iterator[Result]:
-    for n in (1024, 4096, 16384):
+    for n in (1024, 4096):
         yield window(n)
-    for density in DENSITIES:
-        yield blocks(4096, density)
+    yield from blocks(4096)
     for n in (1024, 4096):
         yield backward(n, 0.05 if n == 4096 else 0.0625)
     for n in (1024, 4096):

@@ -17,6 +17,7 @@ from peft.utils import merge_utils
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shiftkern._ops import merge as ops
 from shiftkern.merge import dare, task_arithmetic, ties
 
 from harness import Result, Timing, interleave
@@ -86,9 +87,7 @@ def agree(ours: State, theirs: State) -> None:
 def in_memory() -> Iterator[Result]:
     base, models = states()
     size = f"{MODELS} x {TENSORS * ELEMENTS // 10**6} M, float32"
-    copy: Callable[[], Any] = lambda: [  # noqa: E731
-        torch.stack([base[name], *(model[name] for model in models)]).sum(0) for name in base
-    ]
+    everything = [*base.values(), *(t for model in models for t in model.values())]
     cases: dict[str, Callable[[], Any]] = {
         "shiftkern": lambda: task_arithmetic(base, models, weights=0.3),
         "torch": lambda: torch_task_arithmetic(base, models, 0.3),
@@ -112,12 +111,23 @@ def in_memory() -> Iterator[Result]:
         None,
         [("shiftkern", "best", 20.0)],
     )
+    reading = "reading all twice"
+    cases = {
+        "shiftkern, thresholds alone": lambda: ops.thresholds(
+            list(base.values()), [t for m in models for t in m.values()], [TENSORS * ELEMENTS // 5] * MODELS
+        ),
+        "shiftkern": lambda: ties(base, models, density=0.2, trim_scope="global"),
+        reading: lambda: [t.sum() for t in everything for _ in range(2)],
+    }
+    ours = [name for name in cases if name != reading]
     yield Result(
         "ties, global trim",
         size,
-        interleave({"shiftkern": lambda: ties(base, models, density=0.2, trim_scope="global"), "reading": copy}, 3),
-        ["shiftkern"],
-        ["reading"],
+        interleave(cases, 3),
+        ours,
+        [reading],
+        reading,
+        [("shiftkern, thresholds alone", reading, 0.5)],
     )
     yield Result(
         "dare",

@@ -45,7 +45,7 @@ def asked_table(results: list[Result]) -> list[str]:
             name = f"best peer ({r.best_peer()})" if peer == "best" else peer
             measured = r.ratio(case, peer)
             verdict = "" if measured >= ratio else " (missed)"
-            lines.append(f"| {r.work}, {case} | {r.size} | {name} | {ratio:g}x | {measured:.1f}x{verdict} |")
+            lines.append(f"| {r.work}, {case} | {r.size} | {name} | {ratio:.3g}x | {measured:.1f}x{verdict} |")
     return lines
 
 

@@ -63,8 +63,8 @@ def _introduction(study: Study, config: Config, real: float) -> list[str]:
         " from -1 to 1; its standard error is over images. The digits are recognised by a small convolutional network"
         f" that is right on {100 * real:.1f} % of the real digits held out from it.",
         f"Of the masks, the first table gives the kept pairs of queries and keys, the blocks of {BLOCK} x {BLOCK} pairs"
-        " that hold some and are computed, and what is computed over a whole sample, full steps included, all as shares"
-        " of full attention.",
+        " that hold some, which a kernel that works by blocks computes, and its work over a whole sample, full steps"
+        " included, as shares of full attention.",
         "Written by `make quality`, which trains the model once and keeps its weights in `build/quality`.",
     ]
 

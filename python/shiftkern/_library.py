@@ -54,7 +54,7 @@ def define(
     if mutates:
         rust = _noting_writes(rust, mutates)
     _LIBRARY.impl(name, _refusing_tangents(name, rust), "CPU")
-    _LIBRARY.impl(name, _refusing_tangents(name, torch_ops), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _refusing_tangents(name, _exactly(torch_ops)), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if mutates:
         _LIBRARY.impl(name, _refusing_gradients(name), "Autograd", with_keyset=True)
@@ -66,6 +66,20 @@ def define(
             torch.library.register_autograd(qualified, formula, setup_context=context, lib=_LIBRARY)
     OPERATORS.append(name)
     return _direct(name, getattr(torch.ops.shiftkern, name).default, rust)
+
+
+def _exactly(torch_ops: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep autocast out: the implementations choose the type they compute in."""
+
+    def wrapped(*args: Any) -> Any:
+        flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor))
+        device = next((t.device.type for t in flat), "cpu")
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return torch_ops(*args)
+        with torch.autocast(device, enabled=False):
+            return torch_ops(*args)
+
+    return wrapped
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

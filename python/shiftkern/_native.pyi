@@ -253,7 +253,7 @@ def neighborhood_backward(
     options: _Neighborhood,
     results: tuple[View, View],
     grads: tuple[View, View | None],
-    out: _Attended,
+    gradients: _Attended,
     threads: int,
 ) -> None: ...
 def token_shift(
@@ -263,6 +263,6 @@ def token_shift_backward(
     grad: View,
     inputs: tuple[View, View | None, View],
     sizes: tuple[int, int, int, int],
-    out: tuple[View, View | None, View],
+    gradients: tuple[View, View | None, View],
     threads: int,
 ) -> None: ...

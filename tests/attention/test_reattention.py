@@ -801,3 +801,34 @@ def test_the_processor_refuses_what_it_cannot_do():
     assert processor.attention.step == 0
     with pytest.raises(ArgumentTypeError, match=r"^ReattentionProcessor: argument 'attention'"):
         ReattentionProcessor(BlockMask.full(80, 80))
+
+
+@pytest.mark.parametrize("argument", ["image_rotary_emb", "something_else"])
+def test_the_processor_refuses_what_it_would_leave_out(argument: str):
+    processor = ReattentionProcessor(Reattention(BlockMask.full(12, 12)))
+    with pytest.raises(ArgumentError, match=argument):
+        processor(Projections(8, 2), torch.randn(1, 12, 8).double(), **{argument: torch.ones(3)})
+    processor(Projections(8, 2), torch.randn(1, 12, 8).double(), **{argument: None})
+
+
+def test_a_state_is_bound_to_its_scale():
+    q, k, v = (torch.randn(1, 1, 12, 4) for _ in range(3))
+    mask = BlockMask.sliding_window(12, 12, 2, 2)
+    _, state = reattention_capture(q, k, v, mask)
+    with pytest.raises(ArgumentError, match="scale"):
+        reattention_step(q, k, v, mask, state, scale=3.0)
+    _, state = reattention_capture(q, k, v, mask, scale=3.0)
+    reattention_step(q, k, v, mask, state, scale=3.0)
+
+
+def test_autocast_does_not_reach_the_torch_path():
+    from shiftkern._library import _exactly
+    from shiftkern._ops import attention as ops
+
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    mask = BlockMask.sliding_window(40, 40, 3, 3)
+    arguments = (q, k, v, mask.indptr, mask.indices, mask.inner, mask.patterns, *mask.block, 0.25)
+    want = ops._block_sparse_attention_torch(*arguments)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = _exactly(ops._block_sparse_attention_torch)(*arguments)[0]
+    assert torch.equal(got, want)

@@ -505,7 +505,7 @@ def _masked() -> list[Arguments]:
     out: list[Arguments] = []
     for i, (base, models) in enumerate(_merge_cases()):
         how = ("none", "unweighted", "weighted")[i % 3], ("none", "count", "weight")[i // 3 % 3]
-        numbers = [0.3, -0.5, 1.0][: len(models)], [1.0, 2.0, 0.5][: len(models)]
+        numbers = [0.3, -0.5, 0.0 if i % 2 else 1.0][: len(models)], [1.0, 2.0, 0.5][: len(models)]
         out.append((base, models, *_keep(models), *numbers, 0.7, *how, 1.0))
     return out
 

@@ -181,6 +181,22 @@ REFUSED = {
     "an unknown dtype": (HEAD + ONE + "dtype: int8", "at 'dtype'"),
     "an unknown output": (HEAD + ONE + "out_dtype: fp16", "at 'out_dtype'"),
     "sums that are wider": (HEAD + ONE + "dtype: float64\nout_dtype: float32", "float64 only with float64 output"),
+    "della with a wide range": (
+        HEAD.replace("ties", "della") + ONE + "parameters: {density: 0.9, epsilon: 0.15}",
+        r"at 'models\[0\].parameters' .* density 0\.9 and epsilon 0\.15$",
+    ),
+    "della with a range below 0": (
+        HEAD.replace("ties", "della") + ONE + "parameters: {density: 0.1}",
+        r"density - epsilon above 0 .* density 0\.1 and epsilon 0\.15$",
+    ),
+    "della with a large density": (
+        HEAD.replace("ties", "della") + ONE + "parameters: {density: 1.5}",
+        r"density 1\.5 and epsilon 0\.15$",
+    ),
+    "della with a negative epsilon": (
+        HEAD.replace("ties", "della") + ONE + "parameters: {density: 0.5, epsilon: -0.1}",
+        r"density 0\.5 and epsilon -0\.1$",
+    ),
     "slerp without t": ("{merge_method: slerp, base_model: a, models: [{model: b}]}", "a t, .*at 'parameters.t'"),
     "slerp of three": (
         "{merge_method: slerp, base_model: a, models: [{model: b}, {model: c}], parameters: {t: 0.5}}",

@@ -330,6 +330,32 @@ def test_mixed_dtypes_are_computed_in_the_widest(method, tmp_path):
     assert merged["block.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("convention", [None, "paper"])
+@pytest.mark.parametrize("density", [0.003, 0.1, 0.35, 0.8, 1.0])
+def test_a_global_trim_of_mixed_tensors_is_that_in_memory(density, convention, tmp_path):
+    options = {"trim_scope": "global", "density": density, "convention": convention}
+    for seed in range(4):
+        # So far from the base that differences are not exact in float32, and most tensors in it.
+        base, models = make_states(3, torch.float64, seed=seed, spread=3.0)
+        for state in (base, *models):
+            for name in list(state)[: 3 + seed]:
+                state[name] = state[name].float()
+        origin, paths = write(tmp_path / f"{seed}", base, models)
+        merge_files(origin, paths, tmp_path / f"out{seed}", "ties", progress=False, **options)
+        merged, expected = read(tmp_path / f"out{seed}"), ties(base, models, **options)
+        assert_same({name: merged[name] for name in expected}, expected)
+
+
+def test_a_threshold_in_float64_keeps_the_float32_entry_that_has_it(tmp_path):
+    # The difference, 1 + 2**-30, is above 1 in float64 and rounds to it in float32.
+    base = {"a": torch.tensor([-(2.0**-30), 0.0]), "b": torch.zeros(2, dtype=torch.float64)}
+    model = {"a": torch.tensor([1.0, 0.25]), "b": torch.tensor([2.0, 0.5], dtype=torch.float64)}
+    origin, paths = write(tmp_path, base, [model])
+    merge_files(origin, paths, tmp_path / "out", trim_scope="global", density=0.5, progress=False)
+    merged = read(tmp_path / "out")
+    assert (merged["a"].tolist(), merged["b"].tolist()) == ([1.0, 0.0], [2.0, 0.0])
+
+
 @pytest.mark.parametrize("dtype", ["float64", torch.float32, "float16", torch.bfloat16])
 def test_out_dtype_rounds_once(dtype, tmp_path):
     base, models = make_states(2, torch.float32)
@@ -448,6 +474,21 @@ def test_configuration_and_tokenizer_are_copied_but_no_weights(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "bfloat16", "layers": 2}
     merge_files(folder, [tmp_path / "tuned"], tmp_path / "bare", copy_files=False, progress=False)
     assert [path.name for path in (tmp_path / "bare").iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b'{"dtype": "float32", "by": "\xe9"}', b"{nope", b"[" * 100_000, b"[1]", '{"by": "\u00e9"}\r\n'.encode()],
+    ids=["no UTF-8", "no JSON", "deep", "a list", "no dtype"],
+)
+def test_a_configuration_that_names_no_dtype_is_copied_as_it_is(config, tmp_path):
+    base, models = make_states(1)
+    write(tmp_path / "base", base, [])
+    (tmp_path / "base" / "config.json").write_bytes(config)
+    origin, paths = write(tmp_path / "tuned", base, models)
+    del origin
+    merge_files(tmp_path / "base", paths, tmp_path / "out", out_dtype="bfloat16", progress=False)
+    assert (tmp_path / "out" / "config.json").read_bytes() == config
 
 
 def test_no_bar_without_a_terminal_and_no_warnings(tmp_path, capfd):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import tempfile
 
 import pytest
 import torch
@@ -62,6 +63,14 @@ BROKEN = {
     "shared": (file_of({"v": entry(0, 4), "w": entry(0, 4)}, bytes(4)), "tensor 'w' that overlaps"),
     "hole": (file_of({"v": entry(0, 4), "w": entry(8, 12)}, bytes(12)), "tensor 'w' that leaves a hole"),
     "twice": (file_of(b'{"w": {}, "w": {}}'), "'w' several times"),
+    "many dimensions": (
+        file_of({"w": entry(0, 4, (2**62,) * 100_000)}, bytes(4)),
+        "at most 64 dim.* 'w', got 100000 in",
+    ),
+    "many offsets": (file_of({"w": {**entry(0, 4), "data_offsets": [0] * 1000}}, bytes(4)), r"got \[0, .*\.\.\.\] in"),
+    "half a surrogate": (file_of({"a\ud800": entry(0, 4)}, bytes(4)), "in Unicode, got str 'a.ud800'"),
+    "half a surrogate in metadata": (file_of({"__metadata__": {"a": "\udfff"}}), "in Unicode, got str '.udfff'"),
+    "half a surrogate as key": (file_of({"__metadata__": {"\udfff": "a"}}), "in Unicode, got str '.udfff'"),
     "half bytes": (file_of({"w": entry(0, 1, (1,), "F4")}, bytes(1)), "as many bytes as .* 'w'"),
     "metadata of numbers": (file_of({"__metadata__": {"a": 1}}), "__metadata__"),
     "pickle": (pickle.dumps({"w": 1}), "header"),
@@ -76,6 +85,7 @@ def test_broken_files_are_refused_by_name(content, message, tmp_path):
     with pytest.raises(ArgumentError, match=rf"(?s)'models\[0\]'.*{message}") as found:
         merge_files(tmp_path / "base.safetensors", [tmp_path / "bad.safetensors"], tmp_path / "out")
     assert "bad.safetensors" in str(found.value)
+    assert len(str(found.value)) < 500 + len(str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors", "base.safetensors"]
 
 
@@ -273,6 +283,50 @@ def test_a_folder_of_somebody_else_in_the_way(pair, tmp_path):
     with pytest.raises(ArgumentError, match=r"'thesis\.txt' in it"):
         merge_files(*pair, tmp_path / "out", progress=False)
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    ("plan", "more", "strange"),
+    [
+        ("{}", None, "plan.json"),
+        ('{"version": "1", "inputs": [], "rule": {}, "shards": []}', None, "plan.json"),
+        ('["shiftkern-merge"]', None, "plan.json"),
+        ("dear diary", None, "plan.json"),
+        ('{"format": "shiftkern-merge"}', "thesis.txt", "thesis.txt"),
+        ('{"format": "shiftkern-merge"}', "journal-mine.jsonl", "journal-mine.jsonl"),
+        ('{"format": "shiftkern-merge"}', "result.old", "result.old"),
+    ],
+)
+def test_a_plan_of_somebody_else_in_the_way(plan, more, strange, resume, pair, tmp_path):
+    folder = tmp_path / "out.partial"
+    (folder / "result").mkdir(parents=True)
+    for name in ("plan.json", "journal-0.jsonl", "result/model.safetensors", *filter(None, [more])):
+        (folder / name).write_text(plan)
+    before = {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+    with pytest.raises(ArgumentError, match=rf"'out': .* with a strange '{strange}' in it"):
+        merge_files(*pair, tmp_path / "out", resume=resume, progress=False)
+    assert {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")} == before
+
+
+def test_systems_without_locks_import_the_package_and_are_refused_at_the_call():
+    script = """
+        import os, sys
+        import torch
+        sys.modules["fcntl"] = None
+        del os.pwrite, os.O_NONBLOCK
+        import shiftkern, shiftkern.merge
+        from shiftkern.merge._files.reader import open_model
+        from safetensors.torch import save_file
+        save_file({"w": torch.ones(2)}, sys.argv[1])
+        print(list(open_model("x", "base", sys.argv[1]).tensors))
+        try:
+            shiftkern.merge.merge_files("a", ["b"], "c")
+        except NotImplementedError as error:
+            print(error)
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        assert output(script, f"{folder}/x.safetensors").splitlines() == ["['w']", "merge_files needs a POSIX system"]
 
 
 def test_an_input_that_changes_meanwhile(pair, tmp_path, monkeypatch):

@@ -55,7 +55,9 @@ def _rows_of_blocks(q: Tensor, k: Tensor, mask: tuple[Any, ...], *, whole: bool 
         while row < len(widest):
             most_with = max(most, widest[row])
             width = n_k if whole else most_with * block_k
-            cells = (row + 1 - first) * block_q * width * q.shape[0] * q.shape[1]
+            # Gathered keys take more room than scores where blocks have fewer rows than tokens have channels.
+            height = max(block_q, q.shape[3])
+            cells = (row + 1 - first) * height * width * q.shape[0] * q.shape[1]
             if row > first and cells > _BUDGET:
                 break
             most, row = most_with, row + 1
@@ -106,6 +108,12 @@ def _scores(q: Tensor, k: Tensor, keep: Tensor, scale: float) -> Tensor:
     return torch.where(keep, scale * (q @ k.mT), -torch.inf)
 
 
+def _log_sum_exp(scores: Tensor, dim: int = -1) -> Tensor:
+    """NaN where a score is infinite, as its weights are."""
+    total = scores.logsumexp(dim)
+    return torch.where(total == torch.inf, torch.nan, total)
+
+
 def _weights(scores: Tensor, keep: Tensor, total: Tensor) -> Tensor:
     """``exp(scores - total)`` of the kept pairs, 0 in rows whose log-sum-exp is ``-inf``."""
     return torch.where(keep & (total != -torch.inf)[..., None], (scores - total[..., None]).exp(), 0.0)
@@ -132,7 +140,7 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tenso
         score = _scores(queries, _gather(keys, rows.keys), keep, mask[6])
         if score.shape[-1] == 0:
             continue
-        total = score.logsumexp(-1)
+        total = _log_sum_exp(score)
         weight = _weights(score, keep, total)
         part = _product(weight, keep, _gather(values, rows.keys))
         _put(out, rows, part)
@@ -200,7 +208,7 @@ def _capture_torch(q: Tensor, k: Tensor, v: Tensor, rest: bool, difference: bool
         score = mask[6] * (_gather(q.to(wide), rows.queries) @ keys.mT[:, :, None])
         for out, lse, seen in ((full_out, full_lse, torch.ones_like(others)), (rest_out, rest_lse, others)):
             kept = torch.where(seen, score, -torch.inf)
-            total = kept.logsumexp(-1)
+            total = _log_sum_exp(kept)
             _put(out, rows, _product(_weights(kept, seen, total), seen, values[:, :, None]))
             _put(lse, rows, total)
     nothing = q.new_empty((0,))
@@ -247,7 +255,7 @@ def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 def _merge_torch(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     stacked = torch.stack(lses)
-    lse = stacked.logsumexp(0)
+    lse = _log_sum_exp(stacked, 0)
     total = torch.zeros(outs[0].shape, dtype=lse.dtype, device=lse.device)
     for out, part in zip(outs, lses, strict=True):
         weight = (part - lse).exp()[..., None]

@@ -6,7 +6,7 @@ from shiftkern.attention.bilevel_positions import bilevel_positions
 from shiftkern.attention.block_mask import BlockMask
 from shiftkern.attention.cross_covariance_attention import cross_covariance_attention
 from shiftkern.attention.entmax import entmax
-from shiftkern.attention.gated_cache import GatedCache
+from shiftkern.attention.gated_cache import GatedCache, gated_cache
 from shiftkern.attention.kv_shift import KVShiftState, kv_shift, kv_shift_init
 from shiftkern.attention.local_global_attention import LocalGlobalAttention, local_global_attention
 from shiftkern.attention.merge_state import merge_state, merge_states
@@ -43,6 +43,7 @@ __all__ = [
     "cross_covariance_attention",
     "entmax",
     "fold_adapter",
+    "gated_cache",
     "kv_shift",
     "kv_shift_init",
     "local_global_attention",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shiftkern import _checks
 
-__all__ = ["GatedCache"]
+__all__ = ["GatedCache", "gated_cache"]
 
 
 class GatedCache(nn.Module):
@@ -187,3 +187,7 @@ class GatedCache(nn.Module):
             origin = "one branch of the first step" if half else "as in the first step"
             expected = f"a {dtype} tensor of shape {wanted} on {device} at step {self.step}, {origin} (or reset())"
             _checks.refuse(op, name, expected, _checks.describe(hidden_states))
+
+
+#: The class under the name that the other methods of the family follow.
+gated_cache = GatedCache

@@ -39,6 +39,8 @@ class ReattentionState:
         ``(B, H, N, D)``: ``out - sparse``. For the mode ``"residual"``.
     digest : str
         Digest of the mask.
+    scale : float
+        Factor of the scores.
     steps : int
         Sparse steps taken since.
     """
@@ -50,6 +52,7 @@ class ReattentionState:
     rest: Tensor | None
     difference: Tensor | None
     digest: str
+    scale: float
     steps: int = 0
 
     @property
@@ -73,7 +76,7 @@ class ReattentionState:
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, digest and number of steps by name."""
         tensors = {name: value for name in (*_ROWS, *_OUTPUTS) if (value := getattr(self, name)) is not None}
-        return {**tensors, "digest": self.digest, "steps": self.steps}
+        return {**tensors, "digest": self.digest, "scale": self.scale, "steps": self.steps}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> ReattentionState:
@@ -81,7 +84,7 @@ class ReattentionState:
         op = "ReattentionState.from_state_dict"
         if not isinstance(state, Mapping):
             refuse_type(op, "state", "a mapping from state_dict()", type(state).__name__)
-        for name in (*_ROWS, "digest", "steps"):
+        for name in (*_ROWS, "digest", "scale", "steps"):
             if name not in state:
                 refuse(op, "state", f"an entry '{name}'", f"entries {sorted(map(str, state))}")
         tensors = {name: state.get(name) for name in (*_ROWS, *_OUTPUTS)}
@@ -90,9 +93,12 @@ class ReattentionState:
                 refuse_type(op, name, "a torch.Tensor", type(value).__name__)
         if not isinstance(state["digest"], str):
             refuse_type(op, "digest", "a str", type(state["digest"]).__name__)
-        return cls(**tensors, digest=state["digest"], steps=integer(op, "steps", state["steps"], 0))  # type: ignore[arg-type]
+        scale = number(op, "scale", state["scale"])
+        return cls(**tensors, digest=state["digest"], scale=scale, steps=integer(op, "steps", state["steps"], 0))  # type: ignore[arg-type]
 
-    def _check(self, op: str, mask: BlockMask, q: Tensor, v: Tensor) -> None:
+    def _check(self, op: str, mask: BlockMask, q: Tensor, v: Tensor, scale: float) -> None:
+        if self.scale != scale:
+            refuse(op, "scale", f"the scale of the capture, {self.scale}", scale)
         if self.digest != mask.digest:
             refuse(op, "mask", f"the mask of the capture, {self.digest}", f"another one, {mask.digest}")
         rows, wide = tuple(q.shape[:3]), (*q.shape[:3], v.shape[3])
@@ -152,7 +158,9 @@ def reattention_capture(
 
     Notes
     -----
-    One pass over all pairs with two sums, O(N M D): about the time of dense attention. Memory O(N D).
+    Both sums in one call, O(N M D) time and O(N D) memory: about the time of dense attention for masks of blocks and
+    windows, up to twice that where single pairs are scattered, as keys that part of a panel of queries keeps are seen
+    twice.
 
     References
     ----------
@@ -174,11 +182,12 @@ def reattention_capture(
     check_mask(op, mask, q, k)
     wanted = None if mode is None else one_of(op, "mode", mode, _MODES)
     for_rest, for_difference = wanted != "residual", wanted in (None, "residual")
+    spread = arguments(op, mask, q, scale)
     out, rho, share, lse_full, lse_rest, rest, difference = _ops.reattention_capture(
-        q, k, v, for_rest, for_difference, *arguments(op, mask, q, scale)
+        q, k, v, for_rest, for_difference, *spread
     )
     kept = rest if for_rest else None, difference if for_difference else None
-    return out, ReattentionState(rho, share, lse_full, lse_rest, *kept, digest=mask.digest)
+    return out, ReattentionState(rho, share, lse_full, lse_rest, *kept, digest=mask.digest, scale=spread[-1])
 
 
 def reattention_step(
@@ -249,7 +258,8 @@ def reattention_step(
     check_mask(op, mask, q, k)
     if not isinstance(state, ReattentionState):
         refuse_type(op, "state", "a ReattentionState from reattention_capture", type(state).__name__)
-    state._check(op, mask, q, v)
+    spread = arguments(op, mask, q, scale)
+    state._check(op, mask, q, v, spread[-1])
     one_of(op, "mode", mode, _MODES)
     ramp = number(op, "ramp", ramp)
     bound = None if clamp is None else positive(op, "clamp", clamp)
@@ -262,7 +272,6 @@ def reattention_step(
         rho, share = rho if bound is None else rho.clamp(max=bound), state.share
     elif mode == "merge":
         lse_rest = state.lse_rest
-    spread = arguments(op, mask, q, scale)
     out: Tensor = _ops.reattention_step(q, k, v, carried, rho, share, lse_rest, *spread)
     state.steps += 1
     return out
@@ -419,14 +428,18 @@ class ReattentionProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
-        *_: Any,
-        **__: Any,
+        image_rotary_emb: Any = None,
+        **others: Any,
     ) -> Tensor:
         """Run the module's self-attention, ``(B, N, C)`` or ``(B, C, height, width)`` in and out."""
         op = "ReattentionProcessor"
         for name, value in (("encoder_hidden_states", encoder_hidden_states), ("attention_mask", attention_mask)):
             if value is not None:
                 refuse(op, name, "None: only self-attention over all tokens", f"shape {tuple(value.shape)}")
+        # Rotary embeddings and the like would be left out silently.
+        for name, value in (("image_rotary_emb", image_rotary_emb), *others.items()):
+            if value is not None:
+                refuse(op, name, "None: this processor knows no such argument", type(value).__name__)
         residual, picture = hidden_states, hidden_states.shape if hidden_states.dim() == 4 else None
         if getattr(attn, "spatial_norm", None) is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -442,7 +455,8 @@ class ReattentionProcessor:
             q = attn.norm_q(q)
         if getattr(attn, "norm_k", None) is not None:
             k = attn.norm_k(k)
-        out = self.attention(q, k, v).transpose(1, 2).flatten(2).to(hidden_states.dtype)
+        # Norms may compute in a wider type than projections, as under autocast.
+        out = self.attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2).to(hidden_states.dtype)
         for layer in attn.to_out:
             out = layer(out)
         if picture is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal, overload
 
 from torch import Tensor
@@ -12,6 +13,18 @@ from shiftkern._ops import attention as _ops
 from shiftkern.attention.block_mask import BlockMask
 
 __all__ = ["attention_lse", "sparse_attention"]
+
+
+_cached_full = lru_cache(maxsize=16)(BlockMask.full)
+
+
+def _everything(*tokens: int) -> BlockMask:
+    """Return a mask that keeps all, in few blocks; for a compiler it is a constant of the sizes."""
+    return _cached_full(*tokens, block=1024)
+
+
+# What torch.compiler.assume_constant_result does; that would import the compiler, which takes a second.
+_everything._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
@@ -193,7 +206,7 @@ def attention_lse(
     op = "attention_lse"
     check_heads(op, q, k, k, enable_gqa)
     if mask is None:
-        mask = BlockMask.full(q.shape[2], k.shape[2])
+        mask = _everything(q.shape[2], k.shape[2])
     check_mask(op, mask, q, k)
     # Values without channels: what is left of the attention is its log-sum-exp.
     lse: Tensor

@@ -180,6 +180,13 @@ class _Reader:
             ]
             for name, default in of_model.items()
         }
+        if method == "della":
+            for k, (density, epsilon) in enumerate(zip(each["density"], each["epsilon"], strict=True)):
+                # At density 1 nothing is dropped, whatever epsilon is.
+                outside = density < 1.0 and (density <= epsilon or 1.0 - density < epsilon)
+                if outside or density > 1.0 or epsilon < 0.0:
+                    expected = "density - epsilon above 0 and density + epsilon up to 1, or density 1"
+                    self._refuse(f"models[{k}].parameters", expected, f"density {density} and epsilon {epsilon}")
         options: dict[str, Any] = {}
         for name, default in of_all.items():
             value = common.get(name, default)

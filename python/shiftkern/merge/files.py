@@ -18,7 +18,7 @@ import torch
 from shiftkern import _checks
 from shiftkern._runtime import build_info
 from shiftkern.merge._files.compute import Job, Worker
-from shiftkern.merge._files.output import Item, Partial, Shard, ShardWriter, make_shards, sync, warn
+from shiftkern.merge._files.output import Item, Partial, Shard, ShardWriter, make_shards, require_posix, sync, warn
 from shiftkern.merge._files.ranks import Ranks
 from shiftkern.merge._files.reader import FLOATS, Model, open_model
 from shiftkern.merge._files.rules import Rule, make_rule
@@ -145,13 +145,16 @@ def merge_files(
         exists or lies in an input; a ``memory`` too small for one block.
     OSError
         What could not be read or written, and why. When the disk is full, room can be made and the call repeated.
+    NotImplementedError
+        Where the system is not a POSIX one.
 
     Notes
     -----
     Sums are float32, or float64 if a tensor or ``out_dtype`` is, and rounded once. The bytes of the result depend
-    neither on ``memory``, nor on threads, processes or interruptions. Time is that of reading all inputs once, and for
-    trimming tensors (or with ``trim_scope="global"`` models) larger than ``memory`` twice more; no tensor needs to fit
-    anywhere.
+    neither on ``memory``, nor on threads, processes or interruptions. Time is that of reading all inputs once.
+    Trimming a tensor larger than ``memory`` reads it twice more, a global trim always all models, whatever ``memory``
+    is (with ``convention="paper"`` three times more). In float64 ranks take four passes in place of two. ``slerp`` and
+    ``rescale="l1"`` take one more. No tensor needs to fit anywhere.
 
     Tensors of integers, booleans and 8-bit floats are copied from the base, in ``linear`` from the first model. A trim
     keeps ``density * n`` entries, rounded, at least one, and all that equal the smallest of them.
@@ -182,6 +185,7 @@ def merge_files(
     began = time.perf_counter()
     ranks = Ranks()
     try:
+        require_posix(_OP)
         budget, largest = _size("memory", memory), _size("max_shard_size", max_shard_size)
         for name, value in (("resume", resume), ("progress", progress), ("copy_files", copy_files)):
             _checks.flag(_OP, name, value)
@@ -329,7 +333,7 @@ class _Merge:
                     names = {item.name: shard.file for shard in self._shards for item in shard.items}
                     size = sum(item.nbytes for item in self.items)
                     index = {"metadata": {"total_size": size}, "weight_map": names}
-                    _write_text(result / "model.safetensors.index.json", json.dumps(index, indent=2))
+                    _write_bytes(result / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
                 if self._copy_files and self._inputs[0].path.is_dir():
                     self._copy_companions(self._inputs[0].path, result)
         self._partial.finish()
@@ -340,28 +344,28 @@ class _Merge:
             if not path.is_file() or not (belongs or path.name.startswith(("LICENSE", "NOTICE"))):
                 continue
             if path.name == "config.json" and self._dtype is not None:
-                _write_text(result / path.name, _with_dtype(path.read_text(), self._dtype))
+                _write_bytes(result / path.name, _with_dtype(path.read_bytes(), self._dtype))
             else:
                 shutil.copyfile(path, result / path.name)
                 sync(result / path.name)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
     sync(path)
 
 
-def _with_dtype(config: str, dtype: str) -> str:
-    """A model's configuration, with the dtype that its weights have now."""
+def _with_dtype(config: bytes, dtype: str) -> bytes:
+    """A model's configuration, with the dtype that its weights have now; as it is, where it is no JSON."""
     try:
         values = json.loads(config)
-    except ValueError:
+    except (ValueError, RecursionError):
         return config
     given = [key for key in ("dtype", "torch_dtype") if isinstance(values, dict) and key in values]
     if not given:
         return config
     values |= {key: str(FLOATS[dtype]).removeprefix("torch.") for key in given}
-    return json.dumps(values, indent=2)
+    return json.dumps(values, indent=2).encode()
 
 
 def _items(rule: Rule, base: Model | None, models: list[Model], dtype: str | None) -> list[Item]:

@@ -174,7 +174,7 @@ class Worker:
         """The sign that most entries of the whole model elect."""
         balance = torch.zeros(1, dtype=torch.int64)
         for job in share:
-            limits = [_at_least(value, job.wide) for value in low]
+            limits = [_nearest(value, job.wide) for value in low]
             for base, models in self._deltas(job, list(range(self._models))):
                 votes = torch.zeros_like(base, dtype=job.wide)
                 for model, least in zip(models, limits, strict=True):
@@ -223,7 +223,7 @@ class Worker:
         if rule.density is None or rule.epsilon is not None or n == 0:
             return low, high
         if self._low is not None:
-            return [_at_least(value, job.wide) for value in self._low], high
+            return [_nearest(value, job.wide) for value in self._low], high
         where, ranks = [], []
         for k, density in enumerate(rule.density):
             kept = kept_count(density, n)
@@ -365,11 +365,9 @@ def _size(job: Job) -> int:
     return sum(entry.end - entry.begin for entry in job.entries)
 
 
-def _at_least(value: float, dtype: torch.dtype) -> float:
-    """The least number of a type that is not below ``value``."""
-    if dtype == torch.float64 or float(np.float32(value)) >= value:
-        return value if dtype == torch.float64 else float(np.float32(value))
-    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+def _nearest(value: float, dtype: torch.dtype) -> float:
+    """The number of a type nearest to ``value``, to which the very task vector that has it is rounded, too."""
+    return float(torch.tensor(value, dtype=dtype))
 
 
 def _magnitude(values: Tensor) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -23,10 +24,13 @@ from shiftkern._checks import refuse
 from shiftkern.merge._files.compute import Job
 from shiftkern.merge._files.reader import BITS, Entry
 
-__all__ = ["Item", "Partial", "Shard", "ShardWriter", "make_shards", "sync", "warn"]
+__all__ = ["Item", "Partial", "Shard", "ShardWriter", "make_shards", "require_posix", "sync", "warn"]
 
 #: What is written is made durable, and noted in the journal, after so many bytes.
 COMMIT_BYTES = 1 << 28
+#: What a plan says of itself, and the names that may be beside one.
+_FORMAT = "shiftkern-merge"
+_OWN_NAMES = re.compile(r"lock|plan\.json|plan\.new|journal-\d+\.jsonl|result")
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,17 @@ class Partial:
             if not out.parent.is_dir():
                 refuse(self._op, "out", "a path in a folder that exists", f"'{out}'")
         with self.explaining(self.folder):
+            # Windows has none; the package can be imported there.
+            import fcntl
+
             self.folder.mkdir(exist_ok=True)
+            self._refuse_foreign()
             self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 refuse(self._op, "out", "a path that no other merge is writing", f"'{out}'")
-            text = json.dumps(plan, indent=1, sort_keys=True)
+            text = json.dumps({"format": _FORMAT, **plan}, indent=1, sort_keys=True).encode()
             same = self._same(text)
             if os.path.lexists(out):
                 # A call that was stopped after its last step but one: the output has its name already.
@@ -140,22 +148,29 @@ class Partial:
                     warn(f"{self._op}: '{self.folder}' is of another merge (other files or options); starting anew")
                 self._empty()
                 new = self._plan.with_suffix(".new")
-                new.write_text(text)
+                new.write_bytes(text)
                 sync(new)
                 new.replace(self._plan)
                 sync(self.folder)
             self.result.mkdir(exist_ok=True)
         return False
 
-    def _same(self, text: str) -> bool | None:
-        """Whether the folder is of this call; None if it is of none yet."""
-        if self._plan.exists():
-            return self._plan.read_text() == text
-        foreign = sorted({path.name for path in self.folder.iterdir()} - {"lock", "plan.new"})
+    def _refuse_foreign(self) -> None:
+        """Refuse a folder with anything that no merge has put there, as all that is in it will be removed."""
+        names = sorted(path.name for path in self.folder.iterdir())
+        if "plan.json" in names:
+            foreign = [name for name in names if not _OWN_NAMES.fullmatch(name)]
+            if not foreign and not _is_plan(self._plan):
+                foreign = ["plan.json"]
+        else:
+            foreign = [name for name in names if name not in ("lock", "plan.new")]
         if foreign:
             expected = "a path beside which its name with .partial is free"
-            refuse(self._op, "out", expected, f"'{self.folder}' with {foreign[0]!r} in it")
-        return None
+            refuse(self._op, "out", expected, f"'{self.folder}' with a strange {foreign[0]!r} in it")
+
+    def _same(self, text: bytes) -> bool | None:
+        """Whether the folder is of this call; None if it is of none yet."""
+        return self._plan.read_bytes() == text if self._plan.exists() else None
 
     def _holds_result(self) -> bool:
         return self.result.exists() and (not self._single or any(self.result.iterdir()))
@@ -273,6 +288,23 @@ class ShardWriter:
 
     def __exit__(self, *error: object) -> None:
         os.close(self._file)
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is the plan of a merge."""
+    if not path.is_file():
+        return False
+    try:
+        plan = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(plan, dict) and plan.get("format") == _FORMAT
+
+
+def require_posix(op: str) -> None:
+    """Refuse a system that lacks the locks and the writes at a place that are used here."""
+    if importlib.util.find_spec("fcntl") is None or not hasattr(os, "pwrite"):
+        raise NotImplementedError(f"{op} needs a POSIX system")
 
 
 def _bytes(values: Tensor) -> Any:

@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import reprlib
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ BITS = {
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _LONGEST_HEADER = 100_000_000
+#: What NumPy and torch can have.
+_MOST_DIMENSIONS = 64
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WHY_NOT = "pickled weights could run any code and are not read"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -77,7 +80,7 @@ class WeightFile:
         self.path = path
         self._op, self.argument = op, argument
         # Opened without waiting: a named pipe would keep us for ever.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             status = os.fstat(file.fileno())
             if not path.is_file():
                 self._refuse("a regular file", "something else")
@@ -107,6 +110,8 @@ class WeightFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             self._refuse("__metadata__ that maps strings to strings", describe(metadata))
+        for text in (*header, *metadata, *metadata.values()):
+            self._check_unicode(text)
         entries = [self._entry(name, value, 8 + length) for name, value in header.items()]
         entries.sort(key=lambda entry: (entry.begin, entry.end))
         position = 8 + length
@@ -126,6 +131,13 @@ class WeightFile:
             self._refuse("each name once in the safetensors header", f"{name!r} several times")
         return dict(pairs)
 
+    def _check_unicode(self, text: str) -> None:
+        # JSON can escape half of a pair of surrogates, which no file can hold.
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self._refuse("names and metadata in Unicode", describe(text))
+
     def _no_constant(self, text: str) -> Any:
         self._refuse("whole numbers in the safetensors header", text)
 
@@ -139,15 +151,17 @@ class WeightFile:
         for field, numbers in (("shape", shape), ("data_offsets", offsets)):
             if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
                 self._refuse(f"whole numbers as {field} of {what}", describe(numbers))
+        if len(shape) > _MOST_DIMENSIONS:
+            self._refuse(f"at most {_MOST_DIMENSIONS} dimensions of {what}", f"{len(shape)}")
         if len(offsets) != 2 or offsets[0] > offsets[1]:
-            self._refuse(f"data_offsets [begin, end] of {what}", f"{offsets}")
+            self._refuse(f"data_offsets [begin, end] of {what}", reprlib.repr(offsets))
         if data + offsets[1] > self.size:
             expected = f"a complete safetensors file with {what} up to byte {data + offsets[1]}"
             self._refuse(expected, f"{self.size} bytes")
         if math.prod(shape) * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
             self._refuse(
                 f"as many bytes as dtype and shape of {what} make",
-                f"{offsets[1] - offsets[0]} bytes for {dtype} of shape {shape}",
+                f"{offsets[1] - offsets[0]} bytes for {dtype} of shape {reprlib.repr(shape)}",
             )
         return Entry(name, dtype, tuple(shape), data + offsets[0], data + offsets[1], self)
 
@@ -257,6 +271,7 @@ def _shards(op: str, argument: str, folder: Path) -> tuple[dict[str, str] | None
             refuse(op, argument, f"an index of at most {_LONGEST_HEADER} bytes", f"'{index}'")
         weights = json.loads(index.read_bytes())["weight_map"]
         names = {str(name): str(file) for name, file in weights.items()}
+        "".join((*names, *names.values())).encode()
     except ArgumentError:
         raise
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:

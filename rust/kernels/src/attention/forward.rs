@@ -204,7 +204,7 @@ pub struct Captured<'a, T: Element> {
 
 /// Attention over all pairs, and what it takes to stand in for the pairs that are not kept later on.
 ///
-/// One pass over the keys with two sums: every pair's score is computed once, but for blocks kept in part.
+/// Two sums: every pair's score is computed once, but for keys that part of a panel keeps, which are seen twice.
 pub fn reattention_capture<T: Element<Acc: Tiled>>(
     inputs: &Inputs<'_, T>,
     captured: Captured<'_, T>,

@@ -50,6 +50,9 @@ impl<'a> BlockMask<'a> {
         KernelError::check_len(op, "inner", indices.len(), inner.len())?;
         let stored = patterns.len() / mask.pattern_bytes();
         KernelError::check_len(op, "patterns", stored * mask.pattern_bytes(), patterns.len())?;
+        if stored > MOST_TOKENS {
+            return Err(KernelError::argument(op, "patterns", format!("at most {MOST_TOKENS}"), stored.to_string()));
+        }
         for map in indptr.chunks_exact(mask.rows() + 1) {
             let in_order = map.is_sorted() && map[0] >= 0 && map[mask.rows()] as usize <= indices.len();
             if !in_order {

@@ -1,7 +1,7 @@
 //! Attention over several sets of keys, merged by their log-sum-exps.
 
 use crate::exec::{for_each_chunk, with_scratch};
-use crate::simd::{Element, Real, Reductions, Vectorized, dispatch, exp};
+use crate::simd::{Element, Real, Reductions, Vectorized, dispatch, exp, log};
 use crate::{KernelError, Par};
 
 /// Rows of a block of work.
@@ -43,13 +43,18 @@ fn shares<T: Element>(states: &[State<'_, T>], first: usize, weights: &mut [f64]
         }
     }
     exp(weights);
-    for (row, lse) in lse.iter_mut().enumerate() {
-        let total: f64 = weights.iter().skip(row).step_by(rows).sum();
-        if total != 0.0 {
-            weights.iter_mut().skip(row).step_by(rows).for_each(|w| *w /= total);
-            *lse += total.ln();
-        }
+    let mut totals = [0.0; ROWS];
+    let totals = &mut totals[..rows];
+    for weights in weights.chunks_exact(rows) {
+        totals.iter_mut().zip(weights).for_each(|(total, weight)| *total += weight);
     }
+    // Without a part the log-sum-exp stays as it is, -inf.
+    totals.iter_mut().for_each(|total| *total = if *total == 0.0 { 1.0 } else { *total });
+    for weights in weights.chunks_exact_mut(rows) {
+        weights.iter_mut().zip(&*totals).for_each(|(weight, total)| *weight /= total);
+    }
+    log(totals);
+    lse.iter_mut().zip(&*totals).for_each(|(lse, total)| *lse += total);
 }
 
 /// `lse = ln sum_s e^(lse_s)` and `out = sum_s e^(lse_s - lse) out_s`; what has log-sum-exp `-inf` adds nothing, not

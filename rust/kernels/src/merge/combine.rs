@@ -179,7 +179,12 @@ impl<T: Element> Vectorized for MaskedTile<'_, T> {
         for (model, delta) in all.chunks_exact(TILE).enumerate() {
             let weight = how.weights[model];
             let share = if how.divide == Divide::Weight { weight } else { one };
-            let vote = if how.elect == Elect::Weighted && weight < zero { zero - one } else { one };
+            let vote = match how.elect {
+                Elect::Weighted if weight < zero => zero - one,
+                // No weight, no vote.
+                Elect::Weighted if weight == zero => zero,
+                _ => one,
+            };
             let cells = delta[..count].iter().zip(&*elected).zip(&mut *sum).zip(&mut *divisor);
             if how.elect == Elect::None {
                 for (((&delta, _), sum), divisor) in cells {

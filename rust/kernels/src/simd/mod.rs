@@ -2,8 +2,9 @@
 //!
 //! A loop body is written once, over fixed-width lanes, and compiled for several instruction sets; [`dispatch`] picks
 //! the widest one the processor has, once per block of work. The order of every sum is fixed by the lanes, not by the
-//! instruction set, so sums have the same bits everywhere; `exp`, `log` and inner products use fused multiply-add where
-//! there is one and may differ in the last bit between instruction sets (never between thread counts).
+//! instruction set, so sums have the same bits everywhere but in attention, whose panels are as wide as registers allow;
+//! `exp`, `log` and inner products use fused multiply-add where there is one and may differ in the last bit between
+//! instruction sets (never between thread counts).
 
 mod element;
 mod math;
@@ -13,7 +14,7 @@ mod tile;
 pub use element::{Element, Real, TILE_ROWS};
 pub use math::{Transcendental, exp, exp_in_place, log, log_in_place, softmax_in_place};
 pub use reduce::Reductions;
-pub use tile::{Gathered, MOST_LANES, ROWS, Tiled, dispatch_simd, panel};
+pub use tile::{Gathered, Tiled, dispatch_simd, panel};
 
 use pulp::{Arch, Simd, WithSimd};
 use std::sync::OnceLock;

@@ -1,16 +1,14 @@
 //! Small matrix products in registers, with panels of columns across the lanes.
 //!
-//! A panel is a matrix of `PANEL_VECTORS` registers a row. Both products read the other matrix one number at a time, as
-//! it lies in memory: nothing has to be packed or transposed but the panel itself. Every lane's sum runs over its terms
-//! in order, so results do not depend on the panel's width.
+//! A panel is a matrix of a few registers a row. Both products read the other matrix one number at a time, as it lies in
+//! memory: nothing has to be packed or transposed but the panel itself. Every lane's sum runs over its terms in order,
+//! so a product does not depend on the panel's width.
 
 use super::Transcendental;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Rows of a tile of products.
-pub const ROWS: usize = 4;
-/// The widest panel of any type on any processor.
-pub const MOST_LANES: usize = 64;
+const ROWS: usize = 4;
 
 /// Rows of one matrix by their places in memory.
 #[derive(Clone, Copy)]
