@@ -429,6 +429,7 @@ class ReattentionProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         image_rotary_emb: Any = None,
+        scale: float | None = None,
         **others: Any,
     ) -> Tensor:
         """Run the module's self-attention, ``(B, N, C)`` or ``(B, C, height, width)`` in and out."""
@@ -436,7 +437,8 @@ class ReattentionProcessor:
         for name, value in (("encoder_hidden_states", encoder_hidden_states), ("attention_mask", attention_mask)):
             if value is not None:
                 refuse(op, name, "None: only self-attention over all tokens", f"shape {tuple(value.shape)}")
-        # Rotary embeddings and the like would be left out silently.
+        # Rotary embeddings and the like would be left out silently. `scale` is that of adapters, which act in the
+        # projections; diffusers' own processors leave it alone, too.
         for name, value in (("image_rotary_emb", image_rotary_emb), *others.items()):
             if value is not None:
                 refuse(op, name, "None: this processor knows no such argument", type(value).__name__)
