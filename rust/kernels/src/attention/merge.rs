@@ -49,7 +49,9 @@ fn shares<T: Element>(states: &[State<'_, T>], first: usize, weights: &mut [f64]
         totals.iter_mut().zip(weights).for_each(|(total, weight)| *total += weight);
     }
     // Without a part the log-sum-exp stays as it is, -inf.
-    totals.iter_mut().for_each(|total| *total = if *total == 0.0 { 1.0 } else { *total });
+    for total in totals.iter_mut() {
+        *total = if *total == 0.0 { 1.0 } else { *total };
+    }
     for weights in weights.chunks_exact_mut(rows) {
         weights.iter_mut().zip(&*totals).for_each(|(weight, total)| *weight /= total);
     }
