@@ -80,3 +80,10 @@ def test_errors():
     for negate in (1, [0.5], "0"):
         with pytest.raises(ArgumentTypeError, match=r"task_arithmetic: argument 'negate'"):
             task_arithmetic(base, models, negate=negate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_numbers_that_cannot_be_merged_are_refused(dtype: torch.dtype):
+    base, model = {"w": torch.ones(3).to(dtype)}, {"w": torch.zeros(3).to(dtype)}
+    with pytest.raises(ArgumentTypeError, match=r"^task_arithmetic: argument 'base': .*'w'.*dtype torch\."):
+        task_arithmetic(base, [model])

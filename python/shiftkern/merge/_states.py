@@ -73,6 +73,11 @@ def accept_states(op: str, base: Any, models: Any, name: str = "models") -> Stat
                 tensors[key] = value
             else:
                 refuse_type(op, argument, f"a tensor or array for {key!r}{where}", describe(value))
+        for key, tensor in tensors.items():
+            # Taken over from the base they would look merged.
+            if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype not in FLOATS:
+                expected = f"dtype float16, bfloat16, float32 or float64, or integers, for {key!r}{where}"
+                refuse_type(op, argument, expected, f"dtype {tensor.dtype}")
         states.append(tensors)
     if len(kinds) > 1:
         refuse_type(op, name, "tensors throughout or NumPy arrays throughout", "both")
