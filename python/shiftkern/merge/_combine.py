@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +14,33 @@ from shiftkern import _checks
 from shiftkern._ops import merge as ops
 from shiftkern.merge._states import check_finite
 
-__all__ = ["Signs", "between", "checked", "combine_kept", "election", "per_model", "rate", "task_vectors"]
+__all__ = [
+    "NOTHING",
+    "Signs",
+    "arc",
+    "between",
+    "checked",
+    "combine_kept",
+    "election",
+    "per_model",
+    "rate",
+    "task_vectors",
+]
 
 #: Whether signs are elected and by which sum, and what sums are divided by.
 Signs = tuple[str, str]
+#: Sums of magnitudes below this are no measure to rescale by.
+NOTHING = 1e-12
+#: Beyond this cosine, of either sign, an arc is not told from a line.
+_COLLINEAR = 0.9995
+
+
+def arc(cosine: float, t: float) -> list[float] | None:
+    """Return the coefficients of two vectors at ``t`` on the arc between them; None where it is as good as a line."""
+    if abs(cosine) > _COLLINEAR:
+        return None
+    angle = math.acos(cosine)
+    return [math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
 
 
 def rate(op: str, name: str, value: object) -> float:

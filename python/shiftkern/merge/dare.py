@@ -9,13 +9,10 @@ from torch import Tensor
 
 from shiftkern import _checks
 from shiftkern._ops import merge as ops
-from shiftkern.merge._combine import checked, combine_kept, election, per_model, rate, task_vectors
+from shiftkern.merge._combine import NOTHING, checked, combine_kept, election, per_model, rate, task_vectors
 from shiftkern.merge._states import accept_states, stream_keys, weights_for
 
 __all__ = ["dare"]
-
-#: Sums of magnitudes below this are no measure to rescale by.
-_NOTHING = 1e-12
 
 
 def dare(
@@ -110,7 +107,7 @@ def dare(
             for k, (tensor, p, key) in enumerate(zip(tensors, rates, keys, strict=True)):
                 sums, _ = ops.magnitude_sums(origin, [tensor], [0.0], [torch.inf], p, [key], 0)
                 before, after = sums[0].tolist()
-                factors[k] = before / after if after > _NOTHING else 1.0
+                factors[k] = before / after if after > NOTHING else 1.0
         if len(set(rates)) == 1:
             keep = [0.0] * count, [torch.inf] * count, rates[0], keys, 0
             return checked(op, name, ops.masked(origin, tensors, *keep, weights, factors, scale, *signs, 1.0))

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from shiftkern import _checks
 from shiftkern._ops import merge as ops
-from shiftkern.merge._combine import between, checked
+from shiftkern.merge._combine import arc, between, checked
 from shiftkern.merge._states import accept_states, check_finite
 
 __all__ = ["slerp"]
-
-#: Beyond this cosine, of either sign, an arc is not told from a line.
-_COLLINEAR = 0.9995
 
 
 def slerp(a: Any, b: Any, t: float) -> dict[str, Any]:
@@ -71,10 +68,9 @@ def slerp(a: Any, b: Any, t: float) -> dict[str, Any]:
         second = others[0]
         cosine, bad = _cosine(first, second)
         check_finite(op, name, bad)
-        if abs(cosine) > _COLLINEAR:
+        arcs = arc(cosine, t)
+        if arcs is None:
             return checked(op, name, between(first, second, t))
-        angle = math.acos(cosine)
-        arcs = [math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
         return checked(op, name, ops.linear(None, [first, second], arcs))
 
     return states.merge(turn)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shiftkern._checks import refuse
 from shiftkern._ops import merge as ops
+from shiftkern.merge._combine import NOTHING, arc
 from shiftkern.merge._files.radix import COUNTER_BYTES, SCRATCH_BYTES, kth_magnitudes
 from shiftkern.merge._files.reader import FLOATS, Entry
 from shiftkern.merge._files.rules import Rule, kept_count
@@ -25,10 +26,6 @@ __all__ = ["BLOCK", "Job", "Statistics", "Worker"]
 BLOCK = 1 << 15
 #: Larger tiles do not make it faster.
 _LARGEST = 1 << 22
-#: Vectors that nearly point the same way, or opposite ways, are interpolated on the line.
-_COLLINEAR = 0.9995
-#: Sums of magnitudes below this are no measure to rescale by.
-_NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -213,7 +210,7 @@ class Worker:
             found.rescale = [1.0 / (1.0 - drop) for drop in rule.drop]
         elif rule.rescale == "l1":
             sums = self._magnitude_sums(job, found)
-            found.rescale = [whole / kept if kept > _NOTHING else 1.0 for whole, kept in sums]
+            found.rescale = [whole / kept if kept > NOTHING else 1.0 for whole, kept in sums]
         return found
 
     def _thresholds(self, job: Job) -> tuple[list[float], list[float]]:
@@ -378,11 +375,10 @@ def _arc(ab: float, aa: float, bb: float, t: float) -> Statistics:
     """Coefficients of two vectors, given their inner products, on the arc between them, or on the line."""
     lengths = math.sqrt(aa) * math.sqrt(bb)
     cosine = ab / lengths if lengths > 0.0 else 1.0
-    if abs(cosine) > _COLLINEAR:
+    arcs = arc(cosine, t)
+    if arcs is None:
         # From the nearer end: exact at both, and where they are the same.
         return Statistics([], [], [], [0.0, t], 0) if t < 0.5 else Statistics([], [], [], [1.0 - t, 0.0], 1)
-    angle = math.acos(cosine)
-    arcs = [math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
     return Statistics([], [], [], arcs)
 
 
