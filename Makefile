@@ -6,6 +6,9 @@ BIN = $(abspath $(VENV))/bin
 RUN = $(BIN)/python
 # The suite runs from here, so that it imports the installed wheel and never the source tree.
 OUTSIDE = build/outside
+# One process per core, each on one thread: tests are many and small, and tests of threads choose their own number.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest $(CURDIR)/tests -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	-p no:cacheprovider -q -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-rust test-python deep lint format wheel install bench quality clean
@@ -23,12 +26,11 @@ test-rust:
 
 test-python: install
 	mkdir -p $(OUTSIDE)
-	cd $(OUTSIDE) && $(RUN) -m pytest $(CURDIR)/tests -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q
+	cd $(OUTSIDE) && $(PYTEST)
 
 deep: install  ## The suite with many more random cases, for an hour to spare
 	mkdir -p $(OUTSIDE)
-	cd $(OUTSIDE) && SHIFTKERN_PROFILE=deep $(RUN) -m pytest $(CURDIR)/tests -c $(CURDIR)/pyproject.toml \
-		--rootdir $(CURDIR) -p no:cacheprovider -q --timeout 3600
+	cd $(OUTSIDE) && SHIFTKERN_PROFILE=deep $(PYTEST) --timeout 3600
 
 lint: install  ## Check style, types and that the stub file matches the extension
 	cargo fmt --all --check

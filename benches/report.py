@@ -16,6 +16,7 @@ import bench_attention
 import bench_merge
 import bench_norm
 import bench_ot
+import bench_rotation
 import bench_sort
 import bench_tta
 from harness import Result, machine, refuse_debug_build
@@ -30,6 +31,7 @@ FAMILIES = {
     "tta": bench_tta.results,
     "attention": bench_attention.results,
     "merge": bench_merge.results,
+    "rotation": bench_rotation.results,
 }
 
 

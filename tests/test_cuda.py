@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import shiftkern
+from shiftkern._library import OPERATORS
 from shiftkern.norm import (
     channel_moments,
     convert_norm,
@@ -22,6 +23,9 @@ from shiftkern.norm import (
 )
 from shiftkern.ot import sinkhorn, sinkhorn_assign, sinkhorn_batch, sinkhorn_partial, sinkhorn_samples
 from shiftkern.tta import LAME, OSUDA, RMT, BatchNormAdapt, CoTTA, Tent, UnMix, lame
+
+from helpers.samples import PATHS, SAMPLES, detached, tensors_of
+from helpers.strategies import roundoff
 
 pytestmark = pytest.mark.cuda
 
@@ -199,3 +203,22 @@ def test_conversion_follows_the_device() -> None:
     model = convert_norm(network(), "unmix", num_components=4).cuda()
     assert model(data((4, 1, 8, 8), torch.float32).cuda()).is_cuda
     assert all(t.is_cuda for t in revert_norm(model).state_dict().values())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_agrees_with_its_cpu_path(name: str):
+    def moved(value: object) -> object:
+        if isinstance(value, list):
+            return [moved(v) for v in value]
+        return value.cuda() if isinstance(value, Tensor) else value
+
+    for arguments in SAMPLES[name]():
+        here = detached(arguments)
+        there = tuple(moved(value) for value in detached(arguments))
+        # Float32 products may run in reduced precision there; the torch path is compared with itself.
+        expected = tensors_of(PATHS[name][1](*here)) + tensors_of(here)
+        found = tensors_of(getattr(torch.ops.shiftkern, name)(*there)) + tensors_of(there)
+        for cuda, cpu in zip(found, expected, strict=True):
+            assert cuda.is_cuda
+            tolerance = max(1e-4, 4 * roundoff(cpu.dtype)) if cpu.is_floating_point() else 0.0
+            torch.testing.assert_close(cuda.cpu(), cpu, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -18,7 +18,7 @@ def test_public_name_imports(method: Method):
     module, _, name = method.api.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))
     assert name in importlib.import_module(module).__all__
-    assert method.module in {"attention", "merge", "norm", "ot", "tta"}
+    assert method.module in {"attention", "merge", "norm", "ot", "peft", "rotation", "tta"}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method.id))

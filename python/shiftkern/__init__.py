@@ -1,11 +1,21 @@
 """Fused CPU kernels for adapting models, as torch operators and modules.
 
 ``shiftkern.norm`` holds normalization statistics, ``shiftkern.ot`` optimal transport, ``shiftkern.attention`` sparse
-attention, ``shiftkern.merge`` the merging of models, ``shiftkern.tta`` test-time adaptation built on the first.
+attention, ``shiftkern.merge`` the merging of models, ``shiftkern.rotation`` rotations of feature vectors,
+``shiftkern.peft`` fine-tuning by adapters built on them, ``shiftkern.tta`` test-time adaptation built on ``norm``.
 CPU tensors run in Rust, tensors on other devices in torch operations with the same results.
+
+The packages are imported when they are first used; all operators ``torch.ops.shiftkern.*`` are there at once.
 """
 
-from shiftkern import attention, errors, merge, norm, ot, tta
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from shiftkern import _ops as _ops
+from shiftkern import errors
 from shiftkern._runtime import build_info, get_num_threads, set_num_threads
 from shiftkern.errors import (
     ArgumentError,
@@ -14,6 +24,9 @@ from shiftkern.errors import (
     NotDifferentiableError,
     ShiftkernError,
 )
+
+if TYPE_CHECKING:
+    from shiftkern import attention, merge, norm, ot, peft, rotation, tta
 
 __version__ = build_info()["version"]
 
@@ -31,6 +44,20 @@ __all__ = [
     "merge",
     "norm",
     "ot",
+    "peft",
+    "rotation",
     "set_num_threads",
     "tta",
 ]
+
+_PACKAGES = ("attention", "merge", "norm", "ot", "peft", "rotation", "tta")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _PACKAGES:
+        return importlib.import_module(f"shiftkern.{name}")
+    raise AttributeError(f"module 'shiftkern' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES})

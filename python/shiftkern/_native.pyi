@@ -266,3 +266,33 @@ def token_shift_backward(
     gradients: tuple[View, View | None, View],
     threads: int,
 ) -> None: ...
+def givens(
+    x: View, parameters: View, width: int, options: tuple[str, bool, bool], y: View, threads: int
+) -> None: ...
+def givens_backward(
+    inputs: tuple[View, View, View],
+    width: int,
+    options: tuple[str, bool, bool],
+    gradients: tuple[View, View],
+    threads: int,
+) -> None: ...
+def block_rotate(
+    x: View, blocks: View, sizes: tuple[int, int, int], transpose: bool, y: View, threads: int
+) -> None: ...
+def block_rotate_backward(
+    inputs: tuple[View, View, View],
+    sizes: tuple[int, int, int],
+    transpose: bool,
+    gradients: tuple[View, View],
+    threads: int,
+) -> None: ...
+def low_rank_rotate(
+    x: View, directions: View, core: View, sizes: tuple[int, int, int], y: View, threads: int
+) -> None: ...
+def low_rank_rotate_backward(
+    inputs: tuple[View, View, View, View],
+    sizes: tuple[int, int, int],
+    gradients: tuple[View, View, View],
+    threads: int,
+) -> None: ...
+def cayley(skew: View, block: int, rotations: View, threads: int) -> None: ...

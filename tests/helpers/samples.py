@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shiftkern._ops import attention, merge, neighborhood, ot, shift, sort, tta
+from shiftkern._ops import attention, merge, neighborhood, ot, rotation, shift, sort, tta
 from shiftkern._ops import norm as ops
 from shiftkern.attention import BlockMask
 
@@ -458,6 +458,71 @@ def _token_shift_backward() -> list[Arguments]:
     return [(make(tuple(x.shape), x.dtype, 5), x, *rest) for x, *rest in plain]
 
 
+def _rows(width: int) -> list[Tensor]:
+    shapes = [(5, width), (33, width), (3, width), (40, width)]
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    layouts = ["contiguous", "sliced", "transposed", "contiguous"]
+    found = [
+        # Small numbers: sums over the rows are compared to a bound for numbers of about 1.
+        lay_out(0.2 * make(shape, dtype, i), layout)
+        for i, (shape, dtype, layout) in enumerate(zip(shapes, dtypes, layouts, strict=True))
+    ]
+    return [*found, make((0, width))]
+
+
+def _givens() -> list[Arguments]:
+    out: list[Arguments] = []
+    # 5 and 12 coordinates: pairs of 5, for the brick in 3 layers.
+    for width, topology, pairs in ((5, "tree", 4), (12, "butterfly", 20), (5, "brick", 6)):
+        for i, x in enumerate(_rows(width)):
+            shape = (pairs, 2, 2) if i % 2 else (pairs,)
+            out.append((x, make(shape, torch.float64 if i == 1 else torch.float32, 9), topology, i > 1))
+    x, angles, matrices = make((3, 5), torch.float64), make((4,), torch.float64, 9), make((4, 2, 2), torch.float64, 9)
+    return [*out, *((_grads(x), _grads(parameters), "tree", False) for parameters in (angles, matrices))]
+
+
+def _givens_backward() -> list[Arguments]:
+    plain = [(x.detach(), p.detach(), *rest) for x, p, *rest in _givens()]
+    return [(make(tuple(x.shape), x.dtype, 5), x, *rest) for x, *rest in plain]
+
+
+def _block_rotate() -> list[Arguments]:
+    out: list[Arguments] = []
+    for width, shape in ((15, (1, 5, 3, 3)), (16, (3, 4, 4, 4)), (40, (1, 1, 40, 40))):
+        for i, x in enumerate(_rows(width)):
+            out.append((x, 0.4 * make(shape, torch.float64 if i == 1 else torch.float32, 9), i > 1))
+    x, blocks = make((3, 8), torch.float64), make((2, 2, 4, 4), torch.float64, 9)
+    return [*out, (_grads(x), _grads(blocks), True)]
+
+
+def _block_rotate_backward() -> list[Arguments]:
+    plain = [(x.detach(), b.detach(), transpose) for x, b, transpose in _block_rotate()]
+    return [(make(tuple(x.shape), x.dtype, 5), x, *rest) for x, *rest in plain]
+
+
+def _low_rank_rotate() -> list[Arguments]:
+    out: list[Arguments] = []
+    for width, blocks, rank in ((7, 1, 3), (40, 4, 1), (6, 2, 5), (4, 1, 0)):
+        for i, x in enumerate(_rows(width)):
+            dtype = torch.float64 if i == 1 else torch.float32
+            directions = make((blocks, rank, width // blocks), dtype, 9) / width**0.5
+            out.append((x, directions, make((blocks, rank, rank), dtype, 10) / max(rank, 1)))
+    x, u, t = out[1]
+    return [*out, (_grads(x.clone()), _grads(u), _grads(t))]
+
+
+def _low_rank_rotate_backward() -> list[Arguments]:
+    plain = [tuple(t.detach() for t in arguments) for arguments in _low_rank_rotate()]
+    return [(make(tuple(x.shape), x.dtype, 5), x, *rest) for x, *rest in plain]
+
+
+def _cayley() -> list[Arguments]:
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    out: list[Arguments] = [(make((4, 6), dtype, i), 4) for i, dtype in enumerate(dtypes)]
+    out += [(make((2, 0)), 1), (make((0, 3)), 3), (make((3, 10), torch.float64)[:, ::1].T.contiguous().T, 5)]
+    return [*out, (_grads(make((2, 3), torch.float64)), 3)]
+
+
 def _models(dtype: torch.dtype, shape: tuple[int, ...], count: int = 3) -> tuple[Tensor, list[Tensor]]:
     base = make(shape, dtype)
     return base, [lay_out(make(shape, dtype, 1 + k), "contiguous") for k in range(count)]
@@ -552,6 +617,13 @@ SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "neighborhood_backward": _windows_backward,
     "token_shift": _token_shift,
     "token_shift_backward": _token_shift_backward,
+    "givens": _givens,
+    "givens_backward": _givens_backward,
+    "block_rotate": _block_rotate,
+    "block_rotate_backward": _block_rotate_backward,
+    "low_rank_rotate": _low_rank_rotate,
+    "low_rank_rotate_backward": _low_rank_rotate_backward,
+    "cayley": _cayley,
     "merge_linear": _linear,
     "merge_thresholds": _thresholds,
     "merge_magnitude_sums": _magnitude_sums,
@@ -603,6 +675,13 @@ PATHS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "neighborhood_backward": (neighborhood._backward_rust, neighborhood._backward_torch),
     "token_shift": (shift._rust, shift._torch),
     "token_shift_backward": (shift._backward_rust, shift._backward_torch),
+    "givens": (rotation._givens_rust, rotation._givens_torch),
+    "givens_backward": (rotation._givens_backward_rust, rotation._givens_backward_torch),
+    "block_rotate": (rotation._block_rust, rotation._block_torch),
+    "block_rotate_backward": (rotation._block_backward_rust, rotation._block_backward_torch),
+    "low_rank_rotate": (rotation._low_rank_rust, rotation._low_rank_torch),
+    "low_rank_rotate_backward": (rotation._low_rank_backward_rust, rotation._low_rank_backward_torch),
+    "cayley": (rotation._cayley_rust, rotation._cayley_torch),
     "merge_linear": (merge._linear_rust, merge._linear_torch),
     "merge_thresholds": (merge._thresholds_rust, merge._thresholds_torch),
     "merge_magnitude_sums": (merge._magnitude_sums_rust, merge._magnitude_sums_torch),

@@ -134,7 +134,7 @@ def test_a_write_works_in_inference_mode(name):
 
 _BLOCKS = ["channel_affine", "channel_dot", "channel_combine", "sinkhorn_samples", "transport_sums", "samples_sums"]
 _BLOCKS += ["sinkhorn_assign", "sinkhorn_half_step", "block_sparse_attention_backward", "reattention_capture"]
-_BLOCKS += ["reattention_step"]
+_BLOCKS += ["reattention_step", "givens_backward", "block_rotate_backward", "low_rank_rotate_backward"]
 
 
 @pytest.mark.parametrize("name", _BLOCKS)
@@ -147,7 +147,7 @@ def test_building_blocks_have_no_gradient(name):
 
 
 _DIFFERENTIABLE = ["channel_moments", "mixed_batch_norm", "unmix_norm", "style_shift", "sinkhorn", "transport_plan"]
-_DIFFERENTIABLE += ["neighborhood", "token_shift"]
+_DIFFERENTIABLE += ["neighborhood", "token_shift", "givens", "block_rotate", "low_rank_rotate", "cayley"]
 _DIFFERENTIABLE += ["transport_apply", "samples_apply", "block_sparse_attention", "merge_state", "merge_states"]
 
 

@@ -22,7 +22,8 @@ MODULES = sorted(
     if not info.name.endswith("__main__") and "._native" not in info.name
 )
 #: The packages whose ``__all__`` is the public API.
-PUBLIC = ["shiftkern", "shiftkern.errors", "shiftkern.methods", "shiftkern.norm", "shiftkern.tta"]
+PUBLIC = ["shiftkern", "shiftkern.errors", "shiftkern.methods"]
+PUBLIC += [f"shiftkern.{name}" for name in ("attention", "merge", "norm", "ot", "peft", "rotation", "tta")]
 
 
 def public_objects():
@@ -135,3 +136,21 @@ def test_import_starts_no_thread_and_needs_no_extra():
         print(heavy or "none")
     """
     assert output(script) == "none"
+
+
+def test_import_is_light_and_registers_every_operator():
+    script = """
+    import sys, torch, shiftkern
+    loaded = [name for name in ("attention", "merge", "norm", "ot", "peft", "rotation", "tta")
+              if f"shiftkern.{name}" in sys.modules]
+    print(loaded, len(shiftkern._library.OPERATORS))
+    print(shiftkern.rotation.givens_rotate.__name__, "rotation" in dir(shiftkern))
+    """
+    first, second = output(script).splitlines()
+    assert first == f"[] {len(shiftkern._library.OPERATORS)}"
+    assert second == "givens_rotate True"
+
+
+def test_an_unknown_attribute_is_an_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        shiftkern.nothing  # noqa: B018

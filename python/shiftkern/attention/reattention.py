@@ -251,7 +251,14 @@ def reattention_step(
 
     Examples
     --------
-    See :func:`reattention_capture`.
+    >>> import torch
+    >>> from shiftkern.attention import BlockMask, reattention_capture, reattention_step
+    >>> q, k, v = torch.randn(3, 1, 2, 32, 8)
+    >>> mask = BlockMask.sliding_window(32, 32, 4, 4)
+    >>> full, state = reattention_capture(q, k, v, mask)
+    >>> again = reattention_step(q, k, v, mask, state, mode="merge")
+    >>> bool(torch.allclose(again, full, atol=1e-5))  # the same tokens as in the full pass
+    True
     """
     op = "reattention_step"
     check_heads(op, q, k, v, enable_gqa)

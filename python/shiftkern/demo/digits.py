@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -95,15 +95,17 @@ def train(
     epochs: int,
     batch_size: int = 64,
     max_lr: float = 1e-2,
+    weight_decay: float = 1e-2,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
 ) -> None:
     """
-    Train in place on clean images and leave the network in eval mode.
+    Train in place what can be trained, with a penalty if there is one, and leave the network in eval mode.
 
     The only augmentation is a shift by up to one pixel: the network must not meet the demo's corruptions beforehand.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = len(labels) // batch_size
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=epochs * steps)
     network.train()
     for _ in range(epochs):
@@ -111,6 +113,8 @@ def train(
         for index in torch.split(order[: steps * batch_size], batch_size):
             shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
             loss = F.cross_entropy(network(torch.roll(images[index], shift, (2, 3))), labels[index])
+            if penalty is not None:
+                loss = loss + penalty(network)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()

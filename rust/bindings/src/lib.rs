@@ -10,6 +10,7 @@ mod merge;
 mod neighborhood;
 mod norm;
 mod ot;
+mod rotation;
 mod run;
 mod shift;
 mod sort;
@@ -51,6 +52,10 @@ mod _native {
     use crate::ot::{
         plan, plan_apply, plan_apply_transposed, plan_count, plan_sums, plan_values, sinkhorn, sinkhorn_assign,
         sinkhorn_half_step,
+    };
+    #[pymodule_export]
+    use crate::rotation::{
+        block_rotate, block_rotate_backward, cayley, givens, givens_backward, low_rank_rotate, low_rank_rotate_backward,
     };
     #[pymodule_export]
     use crate::shift::{token_shift, token_shift_backward};

@@ -11,6 +11,7 @@ pub mod merge;
 pub mod norm;
 pub mod ot;
 mod packed;
+pub mod rotation;
 pub mod simd;
 pub mod sort;
 pub mod tta;

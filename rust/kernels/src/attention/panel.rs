@@ -2,7 +2,7 @@
 
 use super::mask::low_bits;
 use super::tokens::Tokens;
-use crate::simd::{Element, Gathered, Real, Tiled, Vectorized, dispatch};
+use crate::simd::{Element, Gathered, Real, Tiled, Vectorized, dispatch, transpose};
 use pulp::Simd;
 use std::ops::Range;
 
@@ -109,33 +109,9 @@ impl<R: Real> Vectorized for Turn<'_, R> {
     type Output = ();
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        // Tiles of one cache line of `f32` a side: every line is fetched once.
-        const TILE: usize = 16;
         let Self { from, to, width, factor } = self;
         let height = from.len() / width.max(1);
-        for top in (0..height).step_by(TILE) {
-            for left in (0..width).step_by(TILE) {
-                if top + TILE <= height && left + TILE <= width {
-                    let mut tile = [[R::default(); TILE]; TILE];
-                    for (r, tile) in tile.iter_mut().enumerate() {
-                        tile.copy_from_slice(&from[(top + r) * width + left..][..TILE]);
-                    }
-                    for c in 0..TILE {
-                        let to: &mut [R; TILE] =
-                            (&mut to[(left + c) * height + top..][..TILE]).try_into().expect("a tile");
-                        for r in 0..TILE {
-                            to[r] = tile[r][c] * factor;
-                        }
-                    }
-                } else {
-                    for c in left..(left + TILE).min(width) {
-                        for r in top..(top + TILE).min(height) {
-                            to[c * height + r] = from[r * width + c] * factor;
-                        }
-                    }
-                }
-            }
-        }
+        transpose((from, width), (to, height), (height, width), |value| value * factor);
     }
 }
 

@@ -29,6 +29,10 @@ pub trait Real:
     type Panel: AsRef<[Self]> + AsMut<[Self]> + Copy;
     /// A panel row of zeros.
     const ZERO_PANEL: Self::Panel;
+    /// Numbers as panel rows; what is left over at the end is not among them.
+    fn panels(numbers: &[Self]) -> &[Self::Panel];
+    /// As [`Real::panels`].
+    fn panels_mut(numbers: &mut [Self]) -> &mut [Self::Panel];
     /// Inner products of `TILE_ROWS` rows with the columns of a packed panel.
     fn tile_products<const FMA: bool>(rows: [&[Self]; TILE_ROWS], panel: &[Self]) -> [Self::Panel; TILE_ROWS];
     /// Squared Euclidean distances of `TILE_ROWS` rows to the columns of a packed panel, from the differences.
@@ -39,6 +43,8 @@ pub trait Real:
     fn add_rows<const FMA: bool>(rows: [&[Self]; TILE_ROWS], factors: [Self; TILE_ROWS], sums: &mut [Self]);
     /// Sum of a panel row, in `f64` and in a fixed order.
     fn sum_panel(panel: &Self::Panel) -> f64;
+    /// Sum of a panel row in its own type, by halves.
+    fn add_lanes(panel: Self::Panel) -> Self;
     /// Square root.
     fn root(self) -> Self;
     /// Absolute value.
@@ -65,6 +71,14 @@ macro_rules! real {
             const PANEL: usize = $panel;
             type Panel = [$type; $panel];
             const ZERO_PANEL: Self::Panel = [0.0; $panel];
+            #[inline(always)]
+            fn panels(numbers: &[$type]) -> &[Self::Panel] {
+                numbers.as_chunks().0
+            }
+            #[inline(always)]
+            fn panels_mut(numbers: &mut [$type]) -> &mut [Self::Panel] {
+                numbers.as_chunks_mut().0
+            }
             #[inline(always)]
             fn tile_products<const FMA: bool>(
                 rows: [&[$type]; TILE_ROWS],
@@ -134,6 +148,17 @@ macro_rules! real {
             #[inline(always)]
             fn sum_panel(panel: &Self::Panel) -> f64 {
                 fold(panel.map(f64::from))
+            }
+            #[inline(always)]
+            fn add_lanes(panel: Self::Panel) -> Self {
+                let mut eight = [0.0; 8];
+                for row in panel.as_chunks::<8>().0 {
+                    for lane in 0..8 {
+                        eight[lane] += row[lane];
+                    }
+                }
+                let [a, b, c, d, e, f, g, h] = eight;
+                ((a + e) + (c + g)) + ((b + f) + (d + h))
             }
             #[inline(always)]
             fn root(self) -> Self {

@@ -10,11 +10,13 @@ mod element;
 mod math;
 mod reduce;
 mod tile;
+mod transpose;
 
 pub use element::{Element, Real, TILE_ROWS};
 pub use math::{Transcendental, exp, exp_in_place, log, log_in_place, softmax_in_place};
 pub use reduce::Reductions;
 pub use tile::{Gathered, Tiled, dispatch_simd, panel};
+pub use transpose::transpose;
 
 use pulp::{Arch, Simd, WithSimd};
 use std::sync::OnceLock;
