@@ -1,6 +1,9 @@
 //! Attention over kept pairs against naive loops in `f64`.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod common;
+
+use common::{Float, noise};
 use half::bf16;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -8,49 +11,10 @@ use shiftkern_kernels::attention::{
     BlockMask, Captured, Gradients, Inputs, Reshape, State, StateGradients, Tokens, Upstream, block_sparse_attention,
     block_sparse_attention_backward, merge_states, merge_states_backward, reattention_capture,
 };
-use shiftkern_kernels::simd::{Element, Real, Tiled};
+use shiftkern_kernels::simd::Real;
 use shiftkern_kernels::{KernelError, Par};
 
 const INF: f64 = f64::INFINITY;
-
-/// Numbers that look random, in [-1, 1).
-fn noise(count: usize, seed: u64) -> Vec<f64> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..count)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
-        })
-        .collect()
-}
-
-/// Element types, and what tests know about them.
-trait Float: Element<Acc: Tiled> {
-    /// Roundoff of the type that sums have, and of the one that results are stored in.
-    const ROUNDOFF: [f64; 2];
-    fn of(v: f64) -> Self;
-    fn value(self) -> f64;
-}
-
-macro_rules! float {
-    ($type:ty, $sums:expr, $stored:expr, $of:expr, $value:expr) => {
-        impl Float for $type {
-            const ROUNDOFF: [f64; 2] = [$sums, $stored];
-            fn of(v: f64) -> Self {
-                $of(v)
-            }
-            fn value(self) -> f64 {
-                $value(self)
-            }
-        }
-    };
-}
-
-float!(f32, 6e-8, 0.0, |v| v as f32, f64::from);
-float!(f64, 1.2e-16, 0.0, |v| v, |v| v);
-float!(bf16, 6e-8, 4e-3, bf16::from_f64, bf16::to_f64);
 
 fn values<T: Float>(x: &[T]) -> Vec<f64> {
     x.iter().map(|&v| v.value()).collect()
