@@ -39,7 +39,8 @@ macro_rules! tanh_lane {
             let near = (p * square).mul_add_if::<FMA>(self, self);
             let size = self.abs();
             let far = 1.0 - 2.0 / ((size + size).exp_lane::<FMA>() + 1.0);
-            if size < TANH_BY_POLYNOMIAL as $type { near } else { far.copysign(self) }
+            let result = if size < TANH_BY_POLYNOMIAL as $type { near } else { far };
+            result.copysign(self)
         }
     };
 }
