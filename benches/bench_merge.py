@@ -88,20 +88,29 @@ def agree(ours: State, theirs: State) -> None:
         torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5)
 
 
-def agree_files(ours: State, theirs: State) -> None:
+def agree_files(inputs: list[State], density: float, ours: State, theirs: State) -> None:
     """Hold a merged model to mergekit's, but for what it does otherwise.
 
-    It rounds down the number of entries kept, keeps some of equal ones, and computes in bfloat16 throughout. So a few
-    entries beside the threshold are kept by one and not by the other, and the rest differ by some roundings.
+    In bfloat16 about one magnitude in a hundred equals the least that is kept: all are kept here, some of them there.
+    So entries at the threshold of any model may differ. Of the others up to one in a thousand may, where votes cancel
+    but for the roundings of mergekit's sums in bfloat16, or a sum is much smaller than what is added up.
     """
     if ours.keys() != theirs.keys():
         raise SystemExit(f"the merged models have other tensors: {sorted(ours.keys() ^ theirs.keys())[:3]}")
+    base, *models = inputs
+    differing = entries = 0
     for name, tensor in ours.items():
-        a, b = tensor.double(), theirs[name].double()
+        a, b = tensor.float(), theirs[name].float()
+        clear = torch.ones_like(tensor, dtype=torch.bool)
+        for model in models:
+            delta = (model[name].float() - base[name].float()).abs()
+            rank = max(1, round(density * delta.numel()))
+            least = delta.flatten().kthvalue(delta.numel() + 1 - rank).values
+            clear &= (delta - least).abs() > 2**-7 * least
         far = (a - b).abs() > 2**-6 * a.abs().clamp(min=1e-3)
-        share = float(far.double().mean())
-        if share > 0.01:
-            raise SystemExit(f"{name}: {share:.2%} of the entries differ from mergekit's")
+        differing, entries = differing + int((far & clear).sum()), entries + int(clear.sum())
+    if differing > 1e-3 * entries:
+        raise SystemExit(f"{differing / entries:.2%} of the entries beside all thresholds differ from mergekit's")
 
 
 def in_memory() -> Iterator[Result]:
@@ -292,7 +301,8 @@ def files() -> Iterator[Result]:
                 if turn == 0:
                     outs[name] = {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()}
                 subprocess.run(["rm", "-r", str(out)], check=True)
-        agree_files(outs["shiftkern merge"], outs["mergekit"])
+        inputs = [load_file(folder / f"m{seed}" / "model.safetensors") for seed in range(4)]
+        agree_files(inputs, 0.2, outs["shiftkern merge"], outs["mergekit"])
         named = {name: f"{name} (peak {peaks[name]:.0f} MB)" for name in commands}
         ours, theirs = named["shiftkern merge"], named["mergekit"]
         timings = {named[n]: Timing(median(s), min(s), max(s)) for n, s in seconds.items()}
