@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft.utils import merge_utils
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shiftkern._ops import merge as ops
@@ -46,6 +46,10 @@ def torch_task_arithmetic(base: State, models: list[State], weight: float) -> St
         for model in models:
             merged[name].add_(model[name], alpha=weight)
     return merged
+
+
+def torch_sum_of_task_vectors(base: State, models: list[State], weight: float) -> State:
+    return {name: start + weight * sum(model[name] - start for model in models) for name, start in base.items()}
 
 
 def torch_ties(base: State, models: list[State], density: float) -> State:
@@ -84,18 +88,45 @@ def agree(ours: State, theirs: State) -> None:
         torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5)
 
 
+def agree_files(inputs: list[State], density: float, ours: State, theirs: State) -> None:
+    """Hold a merged model to mergekit's, but for what it does otherwise.
+
+    In bfloat16 about one magnitude in a hundred equals the least that is kept: all are kept here, some of them there.
+    So entries at the threshold of any model may differ. Of the others up to one in a thousand may, where votes cancel
+    but for the roundings of mergekit's sums in bfloat16, or a sum is much smaller than what is added up.
+    """
+    if ours.keys() != theirs.keys():
+        raise SystemExit(f"the merged models have other tensors: {sorted(ours.keys() ^ theirs.keys())[:3]}")
+    base, *models = inputs
+    differing = entries = 0
+    for name, tensor in ours.items():
+        a, b = tensor.float(), theirs[name].float()
+        clear = torch.ones_like(tensor, dtype=torch.bool)
+        for model in models:
+            delta = (model[name].float() - base[name].float()).abs()
+            rank = max(1, round(density * delta.numel()))
+            least = delta.flatten().kthvalue(delta.numel() + 1 - rank).values
+            clear &= (delta - least).abs() > 2**-7 * least
+        far = (a - b).abs() > 2**-6 * a.abs().clamp(min=1e-3)
+        differing, entries = differing + int((far & clear).sum()), entries + int(clear.sum())
+    if differing > 1e-3 * entries:
+        raise SystemExit(f"{differing / entries:.2%} of the entries beside all thresholds differ from mergekit's")
+
+
 def in_memory() -> Iterator[Result]:
     base, models = states()
     size = f"{MODELS} x {TENSORS * ELEMENTS // 10**6} M, float32"
     everything = [*base.values(), *(t for model in models for t in model.values())]
     cases: dict[str, Callable[[], Any]] = {
         "shiftkern": lambda: task_arithmetic(base, models, weights=0.3),
-        "torch": lambda: torch_task_arithmetic(base, models, 0.3),
+        "torch, in place": lambda: torch_task_arithmetic(base, models, 0.3),
+        "torch, as written": lambda: torch_sum_of_task_vectors(base, models, 0.3),
     }
-    agree(cases["shiftkern"](), cases["torch"]())
-    yield Result(
-        "task arithmetic", size, interleave(cases, 5), ["shiftkern"], ["torch"], None, [("shiftkern", "torch", 4.0)]
-    )
+    peers = [name for name in cases if name != "shiftkern"]
+    for peer in peers:
+        agree(cases["shiftkern"](), cases[peer]())
+    asked = [("shiftkern", "torch, in place", 4.0)]
+    yield Result("task arithmetic", size, interleave(cases, 5), ["shiftkern"], peers, None, asked)
     cases = {
         "shiftkern": lambda: ties(base, models, density=0.2),
         "torch, kthvalue": lambda: torch_ties(base, models, 0.2),
@@ -142,6 +173,51 @@ def in_memory() -> Iterator[Result]:
         ["shiftkern"],
         ["torch"],
     )
+
+
+def torch_forms(
+    base: list[Tensor], models: list[list[Tensor]], columns: int
+) -> dict[str, dict[str, Callable[[], list[Tensor]]]]:
+    """Methods by ranks and scores, by the operators and by the best that torch has for each step."""
+    flat = [t for model in models for t in model]
+    rank = sum(t.numel() for t in base) // 5
+    chances = [0.5] * MODELS, [0.2] * MODELS, [0.0] * MODELS, list(range(MODELS)), 0
+    pairs = [(start, list(others)) for start, *others in zip(base, *models, strict=True)]
+
+    def widened(changes: Callable[..., Any], ranks: Callable[..., Any], add: Callable[..., Any]) -> list[Tensor]:
+        merged = []
+        for start, others in pairs:
+            found = [ranks(change) for change in changes(start, others, False)[:2]]
+            by_size, by_turn = ((r.double() / columns).softmax(0).masked_fill(r > columns / 2, 1.0) for r in found)
+            merged.append(add(start, others, ((by_size + by_turn) / 2).float(), False, 1.0)[0])
+        return merged
+
+    return {
+        "pcb": {
+            "shiftkern": lambda: ops.compete(base, flat, rank, 1.0)[0],
+            "torch": lambda: ops._compete_torch(base, flat, rank, 1.0)[0],
+        },
+        "widen": {
+            "shiftkern": lambda: widened(ops.column_changes, ops.ranks, ops.by_columns),
+            "torch": lambda: widened(ops._column_changes_torch, ops._ranks_torch, ops._by_columns_torch),
+        },
+        "della, drops by rank": {
+            "shiftkern": lambda: [ops.rank_drop(t, own, columns, *chances)[0] for t, own in pairs],
+            "torch": lambda: [ops._rank_drop_torch(t, own, columns, *chances)[0] for t, own in pairs],
+        },
+    }
+
+
+def ranked() -> Iterator[Result]:
+    for rows, columns in ((64, 1024), (512, 1024), (2048, 2048)):
+        generator = torch.Generator().manual_seed(0)
+        base = [torch.randn(rows, columns, generator=generator) for _ in range(4)]
+        models = [[t + 0.01 * torch.randn(t.shape, generator=generator) for t in base] for _ in range(MODELS)]
+        for work, cases in torch_forms(base, models, columns).items():
+            for a, b in zip(cases["shiftkern"](), cases["torch"](), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+            size = f"{MODELS} x 4 x {rows} x {columns}, float32"
+            yield Result(work, size, interleave(cases, 5), ["shiftkern"], ["torch"])
 
 
 def write_model(folder: Path, seed: int) -> None:
@@ -212,6 +288,7 @@ def files() -> Iterator[Result]:
         }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         peaks: dict[str, float] = {}
+        outs: dict[str, State] = {}
         for turn in range(3):
             for name, command in commands.items():
                 if sum(seconds[name]) > 60e3:
@@ -221,7 +298,11 @@ def files() -> Iterator[Result]:
                 took, peak = run([sys.executable, *command, str(folder / "ties.yaml"), str(out)], path)
                 seconds[name].append(1e3 * took)
                 peaks[name] = max(peaks.get(name, 0.0), peak)
+                if turn == 0:
+                    outs[name] = {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()}
                 subprocess.run(["rm", "-r", str(out)], check=True)
+        inputs = [load_file(folder / f"m{seed}" / "model.safetensors") for seed in range(4)]
+        agree_files(inputs, 0.2, outs["shiftkern merge"], outs["mergekit"])
         named = {name: f"{name} (peak {peaks[name]:.0f} MB)" for name in commands}
         ours, theirs = named["shiftkern merge"], named["mergekit"]
         timings = {named[n]: Timing(median(s), min(s), max(s)) for n, s in seconds.items()}
@@ -231,4 +312,5 @@ def files() -> Iterator[Result]:
 
 def results() -> Iterator[Result]:
     yield from in_memory()
+    yield from ranked()
     yield from files()

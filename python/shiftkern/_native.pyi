@@ -14,10 +14,16 @@ __all__ = [
     "channel_moments",
     "ema_update",
     "lame",
+    "merge_by_columns",
+    "merge_column_changes",
+    "merge_compete",
+    "merge_count_digits",
     "merge_dots",
     "merge_linear",
     "merge_magnitude_sums",
     "merge_masked",
+    "merge_rank_drop",
+    "merge_ranks",
     "merge_states",
     "merge_states_backward",
     "merge_thresholds",
@@ -247,6 +253,28 @@ def merge_magnitude_sums(
 def merge_dots(
     base_view: View | None, models: list[View], gradient: View, threads: int
 ) -> tuple[list[float], int | None]: ...
+def merge_compete(
+    bases: list[View] | None, models: list[View], rank: int, scale: float, outs: list[View], threads: int
+) -> int | None: ...
+def merge_count_digits(
+    base_view: View, models: list[View], shift: int, prefixes: list[int], counts: View, threads: int
+) -> None: ...
+def merge_ranks(x: View, row: int, out: View, threads: int) -> None: ...
+def merge_rank_drop(
+    base_view: View | None, models: list[View], row: int, drop: dict[str, Any], out: View, threads: int
+) -> int | None: ...
+def merge_column_changes(
+    base_view: View, models: list[View], shape: tuple[int, int, bool], sizes: View, turns: View, threads: int
+) -> int | None: ...
+def merge_by_columns(
+    base_view: View,
+    models: list[View],
+    shape: tuple[int, int, bool],
+    weights: View,
+    scale: float,
+    out: View,
+    threads: int,
+) -> int | None: ...
 def neighborhood(inputs: _Attended, options: _Neighborhood, out: View, lse: View, threads: int) -> None: ...
 def neighborhood_backward(
     inputs: _Attended,

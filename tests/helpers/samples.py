@@ -580,6 +580,61 @@ def _dots() -> list[Arguments]:
     return [(base, models, make(tuple(models[0].shape), models[0].dtype, 9)) for base, models in _merge_cases()[:-1]]
 
 
+def _compete() -> list[Arguments]:
+    # Without the case of an infinity, of which nothing is made, and more than one tensor.
+    out: list[Arguments] = []
+    for base, models in _merge_cases()[:-1]:
+        if base is not None:
+            out.append(([base], models, (base.numel() + 2) // 3, 0.7))
+    base, models = _models(torch.float32, (6, 5))
+    other, others = _models(torch.float32, (3,))
+    flat = [t for pair in zip(models, others, strict=True) for t in pair]
+    out += [([base, other], flat, rank, 1.0) for rank in (0, 1, 33)]
+    return [*out, ([base], [base, base + 1.0], 3, 1.0)]
+
+
+def _count_digits() -> list[Arguments]:
+    out: list[Arguments] = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        base, models = _models(dtype, (300,), 2)
+        high = 48 if dtype == torch.float64 else 16
+        counts = torch.arange(2 << 16).view(2, 1 << 16) % 5
+        out += [(base, models, high, [0, 0], counts), (base, models, high - 16, [0x3F00, 0x3F80], counts.clone())]
+    return out
+
+
+def _ranks() -> list[Arguments]:
+    x = make((5, 300), torch.float64)
+    return [(x,), (x.float().T,), (x.round(),), (x[:, :0],), (x[:0],)]
+
+
+def _rank_drop() -> list[Arguments]:
+    out: list[Arguments] = []
+    for i, (base, models) in enumerate(_merge_cases()[:-1]):
+        count, shape = len(models), models[0].shape
+        row = shape[-1] if len(shape) and models[0].numel() else models[0].numel()
+        numbers = [0.5, 0.7, 0.4][:count], [0.3, 0.0, 0.8][:count], [0.0, 1.5, 0.0][:count]
+        out.append((base, models, row, *numbers, [5, -7, 2**40][:count], i))
+    return out
+
+
+def _columns() -> list[tuple[Tensor, list[Tensor]]]:
+    return [(base, models) for base, models in _merge_cases()[:-1] if base is not None and base.dim() == 2]
+
+
+def _column_changes() -> list[Arguments]:
+    return [(base, models, by_row) for base, models in _columns() for by_row in (False, True)]
+
+
+def _by_columns() -> list[Arguments]:
+    out: list[Arguments] = []
+    for base, models in _columns():
+        wide = torch.promote_types(base.dtype, torch.float32)
+        for by_row, count in enumerate(base.T.shape):
+            out.append((base, models, make((len(models), count), wide, 7), bool(by_row), 0.7))
+    return out
+
+
 SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "channel_moments": _moments,
     "channel_affine": lambda: _with_coefficients(3, gradient=False),
@@ -629,6 +684,12 @@ SAMPLES: dict[str, Callable[[], list[Arguments]]] = {
     "merge_magnitude_sums": _magnitude_sums,
     "merge_masked": _masked,
     "merge_dots": _dots,
+    "merge_compete": _compete,
+    "merge_count_digits_": _count_digits,
+    "merge_ranks": _ranks,
+    "merge_rank_drop": _rank_drop,
+    "merge_column_changes": _column_changes,
+    "merge_by_columns": _by_columns,
 }
 
 #: The implementation in Rust and the one in torch operations.
@@ -687,6 +748,12 @@ PATHS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "merge_magnitude_sums": (merge._magnitude_sums_rust, merge._magnitude_sums_torch),
     "merge_masked": (merge._masked_rust, merge._masked_torch),
     "merge_dots": (merge._dots_rust, merge._dots_torch),
+    "merge_compete": (merge._compete_rust, merge._compete_torch),
+    "merge_count_digits_": (merge._count_digits_rust, merge._count_digits_torch),
+    "merge_ranks": (merge._ranks_rust, merge._ranks_torch),
+    "merge_rank_drop": (merge._rank_drop_rust, merge._rank_drop_torch),
+    "merge_column_changes": (merge._column_changes_rust, merge._column_changes_torch),
+    "merge_by_columns": (merge._by_columns_rust, merge._by_columns_torch),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 
 import shiftkern
 from shiftkern.errors import ArgumentError, ArgumentTypeError
+from shiftkern.merge._states import round_to
 from shiftkern.merge.breadcrumbs import breadcrumbs
 from shiftkern.merge.dare import dare
 from shiftkern.merge.della import della
@@ -153,9 +154,9 @@ def test_same_bits_for_any_number_of_threads(method):
 @every
 def test_states_that_do_not_belong_together(method):
     base, models = make_states(2)
-    with pytest.raises(ArgumentError, match="expected the names of the base, got missing"):
+    with pytest.raises(ArgumentError, match=r"expected the names of (the base|model 0|'a'), got missing"):
         method(base, [models[0], {name: t for name, t in models[1].items() if name != "one"}])
-    with pytest.raises(ArgumentError, match="expected the names of the base, got unknown"):
+    with pytest.raises(ArgumentError, match=r"expected the names of (the base|model 0|'a'), got unknown"):
         method(base, [models[0], {**models[1], "more": torch.ones(1)}])
     with pytest.raises(ArgumentError, match=r"expected shape \(1,\) for tensor 'one'"):
         method(base, [models[0], {**models[1], "one": torch.ones(2)}])
@@ -165,6 +166,58 @@ def test_states_that_do_not_belong_together(method):
         method(base, [models[0], {**models[1], "one": np.ones(1)}])
     with pytest.raises(ArgumentTypeError, match="a mapping of names to tensors"):
         method(base, [models[0], [1]])
+
+
+OVERFLOWS = ["soup of weights", "task_arithmetic", "ties", "dare", "breadcrumbs", "della", "pcb", "widen", "iso_c"]
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float16, 6e4), (torch.bfloat16, 3e38), (torch.float32, 3e38)])
+def test_a_result_that_its_dtype_cannot_hold_is_refused(name, dtype, large):
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    base = {"a": torch.ones(2, 2, dtype=dtype), "b": torch.zeros(3, 3, dtype=dtype)}
+    peak = {"a": base["a"].to(wide), "b": torch.eye(3, dtype=wide) * large * (1.0 if dtype == torch.bfloat16 else 8.0)}
+    models = [peak, peak] if dtype != torch.bfloat16 else [{n: t.double() * 8.0 for n, t in peak.items()}] * 2
+    methods = {
+        "soup of weights": lambda: soup([base, *models], [1.0, 4.0, 4.0]),
+        "task_arithmetic": lambda: task_arithmetic(base, models, 4.0),
+        "ties": lambda: ties(base, models, scale=8.0),
+        "dare": lambda: dare(base, models, drop_rate=0.0, seed=1, scale=8.0),
+        "breadcrumbs": lambda: breadcrumbs(base, models, scale=8.0, gamma=0.0),
+        "della": lambda: della(base, models, density=1.0, epsilon=0.0, seed=3, scale=8.0),
+        "pcb": lambda: pcb(base, models, scale=8.0),
+        "widen": lambda: widen(base, models, scale=8.0),
+        "iso_c": lambda: iso_c(base, models, scale=64.0),
+    }
+    with pytest.raises(ArgumentError, match=rf"expected a result of tensor 'b' that {str(dtype)[6:]} can hold, got an"):
+        methods[name]()
+
+
+def test_sums_beyond_a_dtype_do_not_look_like_an_overflow():
+    base = {"w": torch.full((100,), 6e4, dtype=torch.float16), "v": torch.full((4,), 3e38)}
+    assert_same(task_arithmetic(base, [base]), base)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 11), (torch.bfloat16, 8)])
+def test_float64_is_rounded_to_half_types_once(dtype, bits):
+    # Just beside the middle between two numbers, nearer than float32 can tell.
+    ulp = 2.0 ** (1 - bits)
+    values = [1.0 + ulp / 2 + tiny for tiny in (2.0**-40, -(2.0**-40), 0.0)]
+    values += [-value for value in values] + [1e-9, 0.0, 1e300, -1e300, torch.inf]
+    found = round_to(torch.tensor(values, dtype=torch.float64), dtype).double().tolist()
+    near = torch.tensor([1e-9], dtype=dtype).double().item()
+    expected = [1.0 + ulp, 1.0, 1.0]
+    assert found == [*expected, *(-v for v in expected), near, 0.0, torch.inf, -torch.inf, torch.inf]
+    base, model = {"w": torch.zeros(1, dtype=dtype)}, {"w": torch.tensor(values[:1], dtype=torch.float64)}
+    assert task_arithmetic(base, [model])["w"].item() == 1.0 + ulp
+
+
+def test_errors_of_the_first_model_name_it():
+    state = {"w": torch.ones(2)}
+    with pytest.raises(ArgumentTypeError, match=r"soup: argument 'models': .* of model 0"):
+        soup([{"w": 1.0}, state])
+    with pytest.raises(ArgumentTypeError, match="slerp: argument 'a': "):
+        slerp({"w": 1.0}, state, 0.5)
 
 
 TAKES_LISTS = [name for name in METHODS if name not in ("wise_ft", "slerp", "soup", "soup of weights")]

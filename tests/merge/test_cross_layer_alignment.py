@@ -59,6 +59,13 @@ def test_ties_go_to_the_earliest():
     assert cross_layer_alignment(torch.zeros(3, 7), fixed_last=1).tolist() == [0, 1, 6]
 
 
+def test_sums_of_huge_costs_do_not_overflow():
+    cost = torch.tensor([[0.9, 0.1, 0.9, 0.9], [0.9, 0.9, 0.2, 0.9], [0.9, 0.9, 0.9, 0.3]], dtype=torch.float64)
+    for sign in (1.0, -1.0):
+        expected = cross_layer_alignment(sign * cost, fixed_first=0)
+        assert torch.equal(cross_layer_alignment(sign * cost * 1.7e308, fixed_first=0), expected)
+
+
 def test_numpy_in_numpy_out():
     got = cross_layer_alignment(np.array([[3.0, 0.0, 1.0]]), fixed_first=0)
     assert isinstance(got, np.ndarray)

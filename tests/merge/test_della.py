@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -79,16 +77,34 @@ def test_large_entries_are_kept_more_often_and_the_expectation_stays():
     assert bool(((merged.mean(0) - tau[0]).abs() < 5 * spread * tau[0].abs() / chances).all())
 
 
-def test_layout_chunks_and_threads_make_no_difference(monkeypatch):
-    base, models = make_states(2, shapes={"w": (40, 3, 5, 2)})
+def test_layout_blocks_and_threads_make_no_difference():
+    # The work is cut into blocks of whole rows.
+    base, models = make_states(2, shapes={"w": (400, 7, 5, 5)})
     expected = della(base, models, density=0.5, epsilon=0.5, seed=1)["w"]
     other = {"w": base["w"].contiguous(memory_format=torch.channels_last)}
     theirs = [{"w": m["w"].contiguous(memory_format=torch.channels_last)} for m in models]
     assert torch.equal(della(other, theirs, density=0.5, epsilon=0.5, seed=1)["w"], expected)
-    shiftkern.set_num_threads(3)
-    # The package's attribute of this name is the function.
-    monkeypatch.setattr(sys.modules["shiftkern.merge.della"], "_CHUNK", 64)
-    assert torch.equal(della(base, models, density=0.5, epsilon=0.5, seed=1)["w"], expected)
+    for threads in (1, 3):
+        shiftkern.set_num_threads(threads)
+        assert torch.equal(della(base, models, density=0.5, epsilon=0.5, seed=1)["w"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_rows_and_equal_magnitudes(dtype):
+    # Sorted digit by digit; of a few values, so that ties are broken by place.
+    base = {"w": torch.zeros(2, 5000, dtype=dtype)}
+    draw = torch.randint(-9, 10, (2, 5000), generator=torch.Generator().manual_seed(0)).to(dtype)
+    models = [{"w": draw}, {"w": draw / 1024 + torch.linspace(-1, 1, 10_000, dtype=dtype).view(2, 5000).round()}]
+    kept = kept_by_loops(task_vectors(base, models), 0.6, 0.5, 3)["w"]
+    merged = della(base, models, density=0.6, epsilon=0.5, seed=3, then="linear")
+    assert_near(merged, base, {"w": kept.sum(0)})
+    one = {"w": torch.arange(5000, dtype=dtype).sin()}
+    kept = kept_by_loops(task_vectors({"w": torch.zeros(5000, dtype=dtype)}, [one]), 0.6, 0.5, 3)
+    assert_near(
+        della({"w": torch.zeros(5000, dtype=dtype)}, [one], density=0.6, epsilon=0.5, seed=3),
+        one,
+        {"w": kept["w"][0] - one["w"].double().numpy()},
+    )
 
 
 def test_errors():

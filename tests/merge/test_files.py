@@ -255,6 +255,16 @@ def test_bytes_do_not_depend_on_memory_threads_or_shards(name, large, tmp_path):
     assert_same(read(tmp_path / "narrow"), read(tmp_path / "wide.safetensors"))
 
 
+@pytest.mark.parametrize("size", [1e-170, 1e170, 1e300])
+def test_slerp_of_sizes_whose_squares_leave_float64(size, tmp_path):
+    a, b = ({"w": size * torch.tensor(v, dtype=torch.float64)} for v in ([1.0, 0.0, 1.0], [0.0, 1.0, 1.0]))
+    base, models = write(tmp_path, a, [b])
+    merge_files(base, models, tmp_path / "out", "slerp", t=0.5, progress=False)
+    found = read(tmp_path / "out")["w"]
+    torch.testing.assert_close(found, slerp(a, b, 0.5)["w"], rtol=1e-14, atol=0.0)
+    torch.testing.assert_close((found / size).norm(), torch.tensor(2.0, dtype=torch.float64).sqrt())
+
+
 def test_slerp_does_not_depend_on_memory(large, tmp_path):
     base, models = large
     for memory in ("4MB", "1GB"):

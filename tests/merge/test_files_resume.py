@@ -266,3 +266,59 @@ def test_killed_at_any_moment(tmp_path):
         assert contents(tmp_path / name) == expected, name
     for name in names:
         assert not (tmp_path / f"{name}.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+@pytest.mark.parametrize("links", [True, False])
+def test_what_appears_under_the_name_at_the_last_moment_is_not_overwritten(name, links, inputs, tmp_path, monkeypatch):
+    out = tmp_path / name
+
+    def without(*_):
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", without)
+    exists = os.path.lexists
+
+    def appears_after_the_check(path):
+        found = exists(path)
+        if path == out and (out.with_name(name + ".partial") / "plan.json").exists():
+            if out.suffix:
+                out.write_bytes(b"somebody else's")
+            else:
+                out.mkdir()
+                (out / "other").write_bytes(b"somebody else's")
+        return found
+
+    monkeypatch.setattr(os.path, "lexists", appears_after_the_check)
+    with pytest.raises(ArgumentError, match="which exists by now"):
+        merge_files(*inputs, out, memory="64MB", progress=False)
+    assert (out if out.suffix else out / "other").read_bytes() == b"somebody else's"
+    monkeypatch.undo()
+    if not links:
+        monkeypatch.setattr(os, "link", without)
+    out.unlink() if out.suffix else (out / "other").unlink()
+    if out.is_dir():
+        out.rmdir()
+    merge_files(*inputs, out, memory="64MB", progress=False)
+    assert not out.with_name(name + ".partial").exists()
+    merge_files(*inputs, tmp_path / ("again" + out.suffix), memory="64MB", progress=False)
+    again = tmp_path / ("again" + out.suffix)
+    assert out.read_bytes() == again.read_bytes() if out.suffix else contents(out) == contents(again)
+
+
+def test_stopped_between_the_two_names_of_a_single_file(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "out.safetensors"
+    link = os.link
+
+    def link_and_stop(*names):
+        link(*names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", link_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        merge_files(*inputs, out, memory="64MB", progress=False)
+    monkeypatch.undo()
+    assert merge_files(*inputs, out, memory="64MB", progress=False).bytes_written == 0
+    assert not out.with_name("out.safetensors.partial").exists()
+    assert out.stat().st_nlink == 1

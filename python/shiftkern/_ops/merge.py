@@ -269,3 +269,231 @@ dots = define(
         _bad_fake(models[0]),
     ),
 )
+
+
+# --- competition ---------------------------------------------------------------------------------------------------
+
+
+def _compete_rust(bases: list[Tensor], models: list[Tensor], rank: int, scale: float) -> tuple[list[Tensor], Tensor]:
+    bases, models = [t.contiguous() for t in bases], [t.contiguous() for t in models]
+    outs = [torch.empty_like(base) for base in bases]
+    bad = _native.merge_compete(
+        list(map(view, bases)), list(map(view, models)), rank, scale, list(map(view, outs)), threads()
+    )
+    return outs, _bad(bad, bases[0])
+
+
+def _compete_torch(bases: list[Tensor], models: list[Tensor], rank: int, scale: float) -> tuple[list[Tensor], Tensor]:
+    count = len(models) // len(bases)
+    deltas = [_by_model(_deltas(base, models[t :: len(bases)])) for t, base in enumerate(bases)]
+    flat = torch.cat(deltas, 1)
+    magnitudes = flat.abs()
+    if flat.numel():
+        least, most = magnitudes.aminmax(dim=1, keepdim=True)
+        magnitudes = torch.where(most > least, (magnitudes - least) / (most - least), 0.0)
+    scores = ((magnitudes.square() - 1.0) * count).exp() * (flat * flat.sum(0)).tanh()
+    weights = torch.zeros_like(scores)
+    if rank and flat.numel():
+        least = scores.kthvalue(scores.shape[1] + 1 - rank, dim=1, keepdim=True).values
+        most = scores.amax(1, keepdim=True)
+        ahead = (scores - least).clamp(min=0.0) / (most - least)
+        weights = torch.where(most > least, ahead, ((scores >= least) & (scores > 0.0)).to(scores.dtype))
+    below = weights.sum(0)
+    merged = torch.where(below > 0.0, (weights * flat).sum(0) / below, 0.0)
+    parts = torch.split(merged, [base.numel() for base in bases])
+    outs = [
+        (base.to(part.dtype) + scale * part.view(base.shape)).to(base.dtype).contiguous()
+        for base, part in zip(bases, parts, strict=True)
+    ]
+    return outs, _first_bad(flat)
+
+
+def _compete_fake(bases: list[Tensor], models: list[Tensor], rank: int, scale: float) -> tuple[list[Tensor], Tensor]:
+    return [base.new_empty(base.shape) for base in bases], _bad_fake(bases[0])
+
+
+compete = define(
+    "merge_compete(Tensor[] bases, Tensor[] models, int rank, float scale) -> (Tensor[] outs, Tensor bad)",
+    rust=_compete_rust,
+    torch_ops=_compete_torch,
+    fake=_compete_fake,
+)
+
+
+# --- digits --------------------------------------------------------------------------------------------------------
+
+
+def _count_digits_rust(base: Tensor, models: list[Tensor], shift: int, prefixes: list[int], counts: Tensor) -> None:
+    _native.merge_count_digits(view(base), list(map(view, models)), shift, list(prefixes), view(counts), threads())
+
+
+def _count_digits_torch(base: Tensor, models: list[Tensor], shift: int, prefixes: list[int], counts: Tensor) -> None:
+    for row, delta, prefix in zip(counts, _by_model(_deltas(base, models)), prefixes, strict=True):
+        bits = delta.abs().view(torch.int64 if delta.dtype == torch.float64 else torch.int32).long()
+        found = bits[bits >> shift >> 16 == prefix] >> shift & 0xFFFF
+        row += torch.bincount(found, minlength=1 << 16)
+
+
+count_digits_ = define(
+    "merge_count_digits_(Tensor base, Tensor[] models, int shift, int[] prefixes, Tensor(a!) counts) -> ()",
+    rust=_count_digits_rust,
+    torch_ops=_count_digits_torch,
+    fake=lambda base, models, shift, prefixes, counts: None,
+    mutates=(4,),
+)
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def _ranks_rust(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.int64)
+    _native.merge_ranks(view(x), x.shape[1], view(out), threads())
+    return out
+
+
+def _ranks_torch(x: Tensor) -> Tensor:
+    order = x.abs().argsort(dim=1, stable=True)
+    places = torch.arange(x.shape[1], device=x.device).expand_as(order)
+    return torch.empty_like(order, memory_format=torch.contiguous_format).scatter_(1, order, places)
+
+
+ranks = define(
+    "merge_ranks(Tensor x) -> Tensor",
+    rust=_ranks_rust,
+    torch_ops=_ranks_torch,
+    fake=lambda x: x.new_empty(x.shape, dtype=torch.int64),
+)
+
+
+def _rank_drop_rust(
+    base: Tensor | None,
+    models: list[Tensor],
+    row: int,
+    density: list[float],
+    epsilon: list[float],
+    rescale: list[float],
+    keys: list[int],
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    base, models = _contiguous(base, models)
+    out = _rank_drop_fake(base, models)[0]
+    drop = {
+        "density": list(density),
+        "epsilon": list(epsilon),
+        "rescale": list(rescale),
+        "keys": [key % 2**64 for key in keys],
+        "offset": offset,
+    }
+    bad = _native.merge_rank_drop(optional_view(base), list(map(view, models)), row, drop, view(out), threads())
+    return out, _bad(bad, out)
+
+
+def _rank_drop_torch(
+    base: Tensor | None,
+    models: list[Tensor],
+    row: int,
+    density: list[float],
+    epsilon: list[float],
+    rescale: list[float],
+    keys: list[int],
+    offset: int,
+) -> tuple[Tensor, Tensor]:
+    deltas = _deltas(base, models).contiguous()
+    bad = _first_bad(deltas)
+    if deltas.numel() == 0:
+        return deltas, bad
+    # The way from the smallest to the largest, -1/2 to 1/2; a single entry is in the middle.
+    steps = (torch.arange(row, dtype=torch.float64, device=deltas.device) - (row - 1) / 2) / max(1, row - 1)
+    kept = []
+    for delta, share, width, factor, key in zip(deltas, density, epsilon, rescale, keys, strict=True):
+        rows = delta.view(-1, row)
+        rates = (1.0 - share - width * steps)[_ranks_torch(rows)]
+        factors = (1.0 / (1.0 - rates)).to(delta.dtype) if factor == 0.0 else factor
+        draws = philox(key, offset, delta.numel(), delta.device).view(rows.shape)
+        kept.append(torch.where(draws >= (rates * 2**32).round(), rows * factors, 0.0).view(delta.shape))
+    return torch.stack(kept), bad
+
+
+def _rank_drop_fake(base: Tensor | None, models: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    out = models[0].new_empty((len(models), *models[0].shape), dtype=_wide(models[0].dtype))
+    return out, _bad_fake(models[0])
+
+
+#: Task vectors (K, ...) with 0 for what is dropped, by chances that follow the ranks within rows of ``row`` elements;
+#: ``rescale`` is the factor of what is kept, 0 for one by the chance to be kept.
+rank_drop = define(
+    "merge_rank_drop(Tensor? base, Tensor[] models, int row, float[] density, float[] epsilon, float[] rescale, "
+    "int[] keys, int offset) -> (Tensor kept, Tensor bad)",
+    rust=_rank_drop_rust,
+    torch_ops=_rank_drop_torch,
+    fake=_rank_drop_fake,
+)
+
+
+# --- columns -------------------------------------------------------------------------------------------------------
+
+
+def _column_changes_rust(base: Tensor, models: list[Tensor], by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    base, models = base.contiguous(), [m.contiguous() for m in models]
+    sizes, turns, _ = _column_changes_fake(base, models, by_row)
+    shape = base.shape[0], base.shape[1], by_row
+    bad = _native.merge_column_changes(view(base), list(map(view, models)), shape, view(sizes), view(turns), threads())
+    return sizes, turns, _bad(bad, base)
+
+
+def _column_changes_torch(base: Tensor, models: list[Tensor], by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    matrices = torch.stack([base, *models]).double()
+    along = 2 if by_row else 1
+    sizes = matrices.norm(dim=along, keepdim=True)
+    directions = matrices / sizes.clamp(min=torch.finfo(torch.float64).tiny)
+    turns = (directions[1:] - directions[0]).square().sum(along)
+    return (sizes[1:] - sizes[0]).abs().squeeze(along), turns, _first_bad(_deltas(base, models))
+
+
+def _column_changes_fake(base: Tensor, models: list[Tensor], by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape = len(models), base.shape[0 if by_row else 1]
+    sizes, turns = (base.new_empty(shape, dtype=torch.float64) for _ in range(2))
+    return sizes, turns, _bad_fake(base)
+
+
+#: Of each model and column, or row, of a matrix: how much its length and its direction differ from the base's.
+column_changes = define(
+    "merge_column_changes(Tensor base, Tensor[] models, bool by_row) -> (Tensor sizes, Tensor turns, Tensor bad)",
+    rust=_column_changes_rust,
+    torch_ops=_column_changes_torch,
+    fake=_column_changes_fake,
+)
+
+
+def _by_columns_rust(
+    base: Tensor, models: list[Tensor], weights: Tensor, by_row: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    base, models = base.contiguous(), [m.contiguous() for m in models]
+    weights, out = weights.contiguous(), torch.empty_like(base)
+    shape = base.shape[0], base.shape[1], by_row
+    bad = _native.merge_by_columns(
+        view(base), list(map(view, models)), shape, view(weights), scale, view(out), threads()
+    )
+    return out, _bad(bad, base)
+
+
+def _by_columns_torch(
+    base: Tensor, models: list[Tensor], weights: Tensor, by_row: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    deltas = _deltas(base, models)
+    combined = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        combined = combined + (weight[:, None] if by_row else weight) * delta
+    return (base.to(combined.dtype) + scale * combined).to(base.dtype).contiguous(), _first_bad(deltas)
+
+
+#: Task vectors of matrices, weighted by model and column, or row; weights are of the type of task vectors.
+by_columns = define(
+    "merge_by_columns(Tensor base, Tensor[] models, Tensor weights, bool by_row, float scale) "
+    "-> (Tensor out, Tensor bad)",
+    rust=_by_columns_rust,
+    torch_ops=_by_columns_torch,
+    fake=lambda base, models, *_: (base.new_empty(base.shape), _bad_fake(base)),
+)

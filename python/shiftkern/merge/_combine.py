@@ -18,6 +18,7 @@ __all__ = [
     "NOTHING",
     "Signs",
     "arc",
+    "balance",
     "between",
     "checked",
     "combine_kept",
@@ -103,6 +104,15 @@ def combine_kept(
     everything = [0.0] * count, [torch.inf] * count, 0.0, [0] * count, 0
     combined = checked(op, name, ops.masked(None, kept, *everything, weights, [1.0] * count, scale, *signs, 1.0))
     return base.to(combined.dtype) + combined
+
+
+def balance(base: Tensor, models: list[Tensor], low: list[float], wide: torch.dtype) -> Tensor:
+    """Return how many entries of the sum of trimmed task vectors are positive, less how many are negative."""
+    origin, total = base.to(wide), torch.zeros_like(base, dtype=wide)
+    for model, least in zip(models, low, strict=True):
+        delta = model.to(wide) - origin
+        total += delta.where(delta.abs() >= least, 0.0)
+    return total.sign_().sum(dtype=torch.int64)
 
 
 def between(a: Tensor, b: Tensor, t: float) -> tuple[Tensor, Tensor]:

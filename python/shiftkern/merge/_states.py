@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from shiftkern._checks import FLOATS, describe, number, refuse, refuse_type
 
-__all__ = ["States", "accept_states", "check_finite", "stream_keys", "weights_for"]
+__all__ = ["States", "accept_states", "check_finite", "round_to", "stream_keys", "weights_for"]
 
 
 @dataclass
@@ -39,18 +40,48 @@ class States:
 
     def merge(self, combine: Callable[[str, Tensor, list[Tensor]], Tensor]) -> dict[str, Any]:
         """Return ``combine(name, base, models)`` for each tensor to merge, and the others from the base."""
-        merged = {name: combine(name, base, models) for name, base, models in self.each()}
-        return self.back({name: merged[name].to(self.base[name].dtype) for name in self.floating})
+        return self.back({name: combine(name, base, models) for name, base, models in self.each()})
 
-    def back(self, merged: Mapping[str, Tensor], source: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-        """Return all tensors in order, those that are not merged from ``source`` or the base, as the kind that came."""
-        source = self.base if source is None else source
-        whole = {name: merged[name] if name in merged else source[name].detach().clone() for name in self.base}
+    def back(self, merged: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return all tensors in order, in the dtypes of the base, as the kind that came; the rest is the base's.
+
+        What its dtype cannot hold is refused.
+        """
+        whole = {}
+        for name, tensor in self.base.items():
+            if name not in merged:
+                whole[name] = tensor.detach().clone()
+                continue
+            whole[name] = result = round_to(merged[name], tensor.dtype)
+            # A sum is the quickest look at all; it may overflow where no entry does.
+            if not math.isfinite(result.sum(dtype=_sums(result.dtype))) and not bool(result.isfinite().all()):
+                expected = f"a result of tensor {name!r} that {str(tensor.dtype).removeprefix('torch.')} can hold"
+                refuse(self.op, "models", expected, "an overflow")
         return {name: tensor.numpy() for name, tensor in whole.items()} if self._numpy else whole
 
 
-def accept_states(op: str, base: Any, models: Any, name: str = "models") -> States:
-    """See state dicts of tensors, or of NumPy arrays, as tensors; all with the names and shapes of ``base``."""
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the nearest number of a type, once; torch goes to half types by way of float32."""
+    if values.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return values.to(dtype)
+    # In float32, what is between two numbers becomes the one whose last bit is odd, so that no half is met by chance.
+    near = values.float()
+    bits = near.view(torch.int32)
+    below = bits - (near.abs().double() > values.abs()).int()
+    odd = torch.where(near.double() == values, bits, below | 1).view(torch.float32)
+    return torch.where(values.isfinite(), odd, near).to(dtype)
+
+
+def accept_states(op: str, base: Any, models: Any, name: str = "models", base_name: str = "base") -> States:
+    """See state dicts of tensors, or of NumPy arrays, as tensors; all with the names and shapes of ``base``.
+
+    Errors call the arguments ``name`` and ``base_name``; where these are the same, ``base`` is the first model.
+    """
+    first_of_all = "model 0" if base_name == name else "the base" if base_name == "base" else f"'{base_name}'"
     if isinstance(models, Mapping) or not isinstance(models, Sequence):
         refuse_type(
             op, name, "a list of state dicts", describe(models) if not isinstance(models, Mapping) else "a dict"
@@ -59,8 +90,8 @@ def accept_states(op: str, base: Any, models: Any, name: str = "models") -> Stat
         refuse(op, name, "at least one model", "none")
     states = []
     kinds: set[bool] = set()
-    for number_, (argument, state) in enumerate([("base", base), *((name, model) for model in models)]):
-        where = "" if argument == "base" else f" of model {number_ - 1}"
+    for number_, (argument, state) in enumerate([(base_name, base), *((name, model) for model in models)]):
+        where = f" of model {max(0, number_ - 1)}" if argument == name else ""
         if not isinstance(state, Mapping):
             refuse_type(op, argument, f"a mapping of names to tensors{where}", describe(state))
         tensors = {}
@@ -85,7 +116,7 @@ def accept_states(op: str, base: Any, models: Any, name: str = "models") -> Stat
     for number_, model in enumerate(others):
         for kind, keys in (("missing", first.keys() - model.keys()), ("unknown", model.keys() - first.keys())):
             if keys:
-                refuse(op, name, "the names of the base", f"{kind} {sorted(map(str, keys))} in model {number_}")
+                refuse(op, name, f"the names of {first_of_all}", f"{kind} {sorted(map(str, keys))} in model {number_}")
         for key, tensor in first.items():
             if model[key].shape != tensor.shape:
                 expected = f"shape {tuple(tensor.shape)} for tensor {key!r}"

@@ -76,7 +76,9 @@ def branch_train_mix(
     tensor([0.5000])
     """
     op = "branch_train_mix"
-    states = accept_states(op, models[0] if isinstance(models, (list, tuple)) and models else {}, models)
+    states = accept_states(
+        op, models[0] if isinstance(models, (list, tuple)) and models else {}, models, base_name="models"
+    )
     width = _checks.positive_int(op, "width", width)
     router_std = _checks.non_negative(op, "router_std", router_std)
     seed = _checks.seed(op, "seed", seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -72,7 +73,11 @@ def cross_layer_alignment(cost: Any, *, fixed_first: int = 1, fixed_last: int = 
             _checks.refuse(op, name, f"at most {shallow} fixed layers in all", count)
 
     rows, columns = shallow - fixed_first - fixed_last, deep - fixed_first - fixed_last
-    free = cost.detach().double()[fixed_first : fixed_first + rows, fixed_first : fixed_first + columns].tolist()
+    middle_costs = cost.detach().double()[fixed_first : fixed_first + rows, fixed_first : fixed_first + columns]
+    if middle_costs.numel() and float(middle_costs.abs().max()) > sys.float_info.max / rows:
+        # So that no sum overflows; exact, but for costs next to nothing beside these.
+        middle_costs = middle_costs / 2.0 ** rows.bit_length()
+    free = middle_costs.tolist()
     # best[k][l]: the first k rows within the first l columns.
     best = [[0.0] * (columns + 1)] + [[float("inf")] * (columns + 1) for _ in range(rows)]
     for k in range(1, rows + 1):

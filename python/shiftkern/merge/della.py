@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shiftkern import _checks
 from shiftkern._ops import merge as ops
-from shiftkern.merge._combine import combine_kept, election, per_model, task_vectors
+from shiftkern.merge._combine import checked, combine_kept, election, per_model
 from shiftkern.merge._states import accept_states, stream_keys, weights_for
 
 __all__ = ["della"]
-
-#: Entries whose draws are made at once.
-_CHUNK = 1 << 18
 
 
 def della(
@@ -77,7 +73,7 @@ def della(
 
     Notes
     -----
-    O(n log n) in torch, with temporary copies of the task vectors of one tensor. As in the paper a row holds the
+    O(n), with temporary copies of the task vectors of one tensor. As in the paper a row holds the
     weights of one unit: what lies behind the first axis. Vectors are one row. Ranks are spread so that the mean
     probability of a row is ``1 - density``; of equal magnitudes the first counts as smaller. mergekit's epsilon is
     half of this one.
@@ -111,25 +107,9 @@ def della(
     signs = election(op, then, elect, divide_by)
 
     def drop(name: str, origin: Tensor, tensors: list[Tensor]) -> Tensor:
-        deltas = task_vectors(op, name, origin, tensors)
-        for delta, share, width, key in zip(deltas, densities, epsilons, stream_keys(seed, count, name), strict=True):
-            rows = delta.flatten(1) if delta.dim() > 1 else delta.view(1, -1)
-            # Empty tensors have no rows of any length.
-            at_once = max(1, _CHUNK // max(1, rows.shape[1]))
-            for first in range(0, rows.shape[0] if rows.numel() else 0, at_once):
-                _drop_(rows[first : first + at_once], share, width, key, first * rows.shape[1])
-        return combine_kept(op, name, origin, deltas, weights, scale, signs)
+        row = origin[0].numel() if origin.dim() > 1 and origin.numel() else origin.numel()
+        chances = densities, epsilons, [0.0] * count, stream_keys(seed, count, name), 0
+        kept = checked(op, name, ops.rank_drop(origin, tensors, row, *chances))
+        return combine_kept(op, name, origin, list(kept), weights, scale, signs)
 
     return states.merge(drop)
-
-
-def _drop_(rows: Tensor, density: float, epsilon: float, key: int, offset: int) -> None:
-    """Drop entries in place and rescale the others; ``offset`` is the place of the first in its tensor."""
-    n = rows.shape[1]
-    # The way from the smallest to the largest, -1/2 to 1/2; a single entry is in the middle.
-    steps = (torch.arange(n, dtype=torch.float64, device=rows.device) - (n - 1) / 2) / max(1, n - 1)
-    falling = (1.0 - density - epsilon * steps).expand_as(rows)
-    rates = torch.empty_like(falling).scatter_(1, rows.abs().argsort(dim=1, stable=True), falling)
-    draws = ops.philox(key, offset, rows.numel(), rows.device).view(rows.shape)
-    kept = draws >= (rates * 2**32).round()
-    rows.mul_((1.0 / (1.0 - rates)).to(rows.dtype)).masked_fill_(~kept, 0.0)

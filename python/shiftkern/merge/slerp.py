@@ -61,7 +61,7 @@ def slerp(a: Any, b: Any, t: float) -> dict[str, Any]:
     tensor([0.7071, 0.7071])
     """
     op = "slerp"
-    states = accept_states(op, a, [b], "b")
+    states = accept_states(op, a, [b], "b", "a")
     t = _checks.fraction(op, "t", t)
 
     def turn(name: str, first: Tensor, others: list[Tensor]) -> Tensor:

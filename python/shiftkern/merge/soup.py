@@ -58,7 +58,9 @@ def soup(models: Any, weights: Any = None) -> dict[str, Any]:
     [4.0, 6.0]
     """
     op = "soup"
-    states = accept_states(op, models[0] if isinstance(models, (list, tuple)) and models else {}, models)
+    states = accept_states(
+        op, models[0] if isinstance(models, (list, tuple)) and models else {}, models, base_name="models"
+    )
     count = len(states.models)
     coefficients = weights_for(op, weights, count, 1.0 / count)
 

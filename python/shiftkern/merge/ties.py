@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shiftkern import _checks
 from shiftkern._ops import merge as ops
-from shiftkern.merge._combine import checked, per_model
+from shiftkern.merge._combine import balance, checked, per_model
 from shiftkern.merge._files.rules import CONVENTIONS, kept_count
 from shiftkern.merge._states import accept_states, weights_for
 
@@ -160,12 +160,5 @@ def _thresholds(tensors: _Tensors, densities: list[float]) -> list[float]:
 
 def _majority(tensors: _Tensors, low: list[float]) -> float:
     """Sign that most entries of the trimmed sum have, over all tensors: 0 if none."""
-    balance = 0
-    for _, base, models in tensors:
-        wide = torch.promote_types(base.dtype, torch.float32)
-        origin, total = base.to(wide), torch.zeros_like(base, dtype=wide)
-        for model, least in zip(models, low, strict=True):
-            delta = model.to(wide) - origin
-            total += delta.where(delta.abs() >= least, 0.0)
-        balance += int(total.sign_().sum(dtype=torch.int64))
-    return float((balance > 0) - (balance < 0))
+    found = [int(balance(base, m, low, torch.promote_types(base.dtype, torch.float32))) for _, base, m in tensors]
+    return float((sum(found) > 0) - (sum(found) < 0))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
-from shiftkern.merge._combine import task_vectors
+from shiftkern._ops import merge as ops
+from shiftkern.merge._combine import checked, task_vectors
 from shiftkern.merge._isotropic import among
-from shiftkern.merge._states import accept_states
+from shiftkern.merge._states import accept_states, check_finite
 
 __all__ = ["widen"]
 
@@ -63,9 +64,9 @@ def widen(
 
     Notes
     -----
-    O(K m n), in torch. As in the authors' code the scores are **not** normalised after they were overwritten: about
-    half of them are 1, and those of a column may sum to more than 1. Tensors of more axes are matrices with all but the
-    first in their columns; equal changes rank in their order.
+    O(K m n), in three passes over the models. As in the authors' code the scores are **not** normalised after they
+    were overwritten: about half of them are 1, and those of a column may sum to more than 1. Tensors of more axes are
+    matrices with all but the first in their columns; equal changes rank in their order.
 
     References
     ----------
@@ -92,43 +93,28 @@ def widen(
         if states.base[name].dim() != 2:
             _checks.refuse(op, "embeddings", "matrices", f"{name!r} of shape {tuple(states.base[name].shape)}")
 
-    def scores(changes: list[Tensor]) -> Tensor:
-        order = torch.stack(changes).argsort(dim=1, stable=True)
-        count = order.shape[1]
-        steps = torch.arange(count, dtype=torch.float64, device=order.device).expand_as(order)
-        ranks = torch.empty_like(steps).scatter_(1, order, steps)
+    def scores(changes: Tensor) -> Tensor:
+        count = changes.shape[1]
+        ranks = ops.ranks(changes).double()
         # Against the mean before the division: rounding must not decide about the one in the middle.
         important = ranks > above_average * (count - 1) / 2
-        return (ranks / count).softmax(0).masked_fill(important, calibration)
+        found: Tensor = (ranks / count).softmax(0).masked_fill(important, calibration)
+        return found
 
     def merge(name: str, origin: Tensor, tensors: list[Tensor]) -> Tensor:
-        deltas = task_vectors(op, name, origin, tensors)
         if origin.numel() == 0:
             return origin
         if origin.dim() < 2:
-            coefficients = scores([delta.abs().flatten() for delta in deltas])
+            by_row, shape = False, (1, -1)
+            found = scores(torch.stack([d.flatten() for d in task_vectors(op, name, origin, tensors)]))
         else:
-            columns = [_columns(tensor, name in transposed) for tensor in (origin, *tensors)]
-            magnitudes, directions = zip(*map(_split, columns), strict=True)
-            by_size = scores([(m - magnitudes[0]).abs() for m in magnitudes[1:]])
-            # Of unit vectors, 1 - cos is half the squared distance, and that does not cancel.
-            by_direction = scores([(d - directions[0]).square().sum(0) for d in directions[1:]])
-            coefficients = (by_size + by_direction) / 2
-        coefficients = coefficients.to(deltas[0].dtype)
-        shape = (-1, 1) if name in transposed else origin.shape[1:] if origin.dim() > 1 else origin.shape
-        total = torch.zeros_like(deltas[0])
-        for delta, coefficient in zip(deltas, coefficients, strict=True):
-            total += coefficient.view(shape) * delta
-        return origin + scale * total
+            by_row, shape = name in transposed, (origin.shape[0], -1)
+        base, *models = (tensor.reshape(shape) for tensor in (origin, *tensors))
+        if origin.dim() >= 2:
+            sizes, turns, bad = ops.column_changes(base, models, by_row)
+            check_finite(op, name, bad)
+            found = (scores(sizes) + scores(turns)) / 2
+        weights = found.to(torch.promote_types(origin.dtype, torch.float32))
+        return checked(op, name, ops.by_columns(base, models, weights, by_row, scale)).view(origin.shape)
 
     return states.merge(merge)
-
-
-def _columns(tensor: Tensor, transpose: bool) -> Tensor:
-    return (tensor.t() if transpose else tensor.flatten(1)).double()
-
-
-def _split(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitudes and directions; columns of zeros have the direction zero."""
-    magnitudes = columns.norm(dim=0)
-    return magnitudes, columns / magnitudes.clamp(min=torch.finfo(torch.float64).tiny)

@@ -67,7 +67,7 @@ def wise_ft(a: Any, b: Any, alpha: float, fisher: Any = None, *, fisher_floor: f
     [0.25, 2.0]
     """
     op = "wise_ft"
-    states = accept_states(op, a, [b], "b")
+    states = accept_states(op, a, [b], "b", "a")
     alpha = _checks.fraction(op, "alpha", alpha)
     floor = _checks.positive(op, "fisher_floor", fisher_floor)
     known = _fisher(op, fisher, states.base)

@@ -40,7 +40,10 @@ mod _native {
         reattention_capture, reattention_step,
     };
     #[pymodule_export]
-    use crate::merge::{merge_dots, merge_linear, merge_magnitude_sums, merge_masked, merge_thresholds};
+    use crate::merge::{
+        merge_by_columns, merge_column_changes, merge_compete, merge_count_digits, merge_dots, merge_linear,
+        merge_magnitude_sums, merge_masked, merge_rank_drop, merge_ranks, merge_thresholds,
+    };
     #[pymodule_export]
     use crate::neighborhood::{neighborhood, neighborhood_backward};
     #[pymodule_export]

@@ -3,7 +3,10 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use shiftkern_kernels::Par;
-use shiftkern_kernels::merge::{Deltas, Divide, Elect, Keep, Masked, linear, masked, thresholds};
+use shiftkern_kernels::merge::{
+    Deltas, Divide, Elect, Keep, Masked, Matrix, RankDrop, column_changes, compete, linear, masked, rank_drop,
+    thresholds,
+};
 
 fn four_models(c: &mut Criterion) {
     let n = 4_000_000;
@@ -28,6 +31,20 @@ fn four_models(c: &mut Criterion) {
         divide: Divide::Count,
         tie: 1.0,
     };
+    let mut kept = vec![0.0; 4 * n];
+    let drop = [RankDrop { density: 0.5, epsilon: 0.2, rescale: None, key: 1 }; 4];
+    for row in [100, 4000] {
+        let name = format!("rank_drop, rows of {row}");
+        group.bench_function(name, |b| b.iter(|| rank_drop(&deltas, row, &drop, 0, &mut kept, par).unwrap()));
+    }
+    group.bench_function("compete", |b| {
+        b.iter(|| compete(&[deltas], n / 5, 1.0, &mut [&mut out], par).unwrap());
+    });
+    let matrix = Matrix { rows: 2000, columns: 2000, by_row: false };
+    let (mut sizes, mut turns) = (vec![0.0; 8000], vec![0.0; 8000]);
+    group.bench_function("column_changes", |b| {
+        b.iter(|| column_changes(&deltas, matrix, &mut sizes, &mut turns, par).unwrap());
+    });
     group.bench_function("masked", |b| b.iter(|| masked(&deltas, &how, &mut out, par).unwrap()));
     group.finish();
 }

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from shiftkern._checks import refuse
 from shiftkern._ops import merge as ops
-from shiftkern.merge._combine import NOTHING, arc
+from shiftkern.merge._combine import NOTHING, arc, balance
 from shiftkern.merge._files.radix import COUNTER_BYTES, SCRATCH_BYTES, kth_magnitudes
 from shiftkern.merge._files.reader import FLOATS, Entry
 from shiftkern.merge._files.rules import Rule, kept_count
-from shiftkern.merge._states import stream_keys
+from shiftkern.merge._states import round_to, stream_keys
 
 __all__ = ["BLOCK", "Job", "Statistics", "Worker"]
 
@@ -169,16 +169,12 @@ class Worker:
 
     def _majority(self, share: list[Job], low: list[float], together: Callable[[Tensor], Tensor]) -> float:
         """The sign that most entries of the whole model elect."""
-        balance = torch.zeros(1, dtype=torch.int64)
+        total = torch.zeros(1, dtype=torch.int64)
         for job in share:
             limits = [_nearest(value, job.wide) for value in low]
             for base, models in self._deltas(job, list(range(self._models))):
-                votes = torch.zeros_like(base, dtype=job.wide)
-                for model, least in zip(models, limits, strict=True):
-                    delta = model.to(job.wide) - base.to(job.wide)
-                    votes += delta.where(delta.abs() >= least, 0.0)
-                balance += votes.sign_().sum(dtype=torch.int64)
-        return float(together(balance).sign())
+                total += balance(base, models, limits, job.wide)
+        return float(together(total).sign())
 
     def reads_of_all(self, share: list[Job]) -> int:
         """Bytes that :meth:`look_at_all` reads."""
@@ -278,14 +274,28 @@ class Worker:
         return totals
 
     def _products(self, job: Job) -> tuple[float, float, float]:
-        """Inner products of two tensors: of both, and of each with itself."""
+        """Inner products of two tensors, up to factors of each: of both, and of each with itself."""
+        found = self._scaled_products(job, [1.0, 1.0])
+        if all(1e-200 < square < 1e200 for square in found[1:]):
+            return found
+        # Squares left float64, or there are only zeros.
+        peaks = [1e-300, 1e-300]
+        for start, stop in self.tiles(job):
+            tiles = (entry.tile(start, stop) for entry in job.entries)
+            peaks = [max(peak, float(tile.double().abs().max())) for peak, tile in zip(peaks, tiles, strict=True)]
+            self._done(job, start, stop)
+        return self._scaled_products(job, peaks)
+
+    def _scaled_products(self, job: Job, peaks: list[float]) -> tuple[float, float, float]:
         totals = [0.0, 0.0, 0.0]
         for start, stop in self.tiles(job):
             for first in range(start, stop, BLOCK):
                 # NumPy adds up in one thread and in one order.
-                a, b = (entry.tile(first, min(first + BLOCK, stop)).double().numpy() for entry in job.entries)
-                for i, (x, y) in enumerate(((a, b), (a, a), (b, b))):
-                    totals[i] += float(np.add.reduce(x * y))
+                pieces = (entry.tile(first, min(first + BLOCK, stop)).double().numpy() for entry in job.entries)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    a, b = (piece / peak for piece, peak in zip(pieces, peaks, strict=True))
+                    for i, (x, y) in enumerate(((a, b), (a, a), (b, b))):
+                        totals[i] += float(np.add.reduce(x * y))
             self._done(job, start, stop)
         return totals[0], totals[1], totals[2]
 
@@ -312,7 +322,7 @@ class Worker:
                 everything = [0.0] * self._models, [math.inf] * self._models, 0.0, keys, 0
                 out, bad = ops.masked(None, kept, *everything, rule.weights, [1.0] * self._models, *combine)
                 out += base
-        out = out.to(job.out)
+        out = round_to(out, job.out)
         if int(bad) >= 0:
             self._refuse_input(job, start, stop)
         if _overflows(out):
@@ -324,25 +334,20 @@ class Worker:
     def _kept(self, job: Job, found: Statistics, base: Tensor, model: Tensor, k: int, start: int) -> Tensor:
         """What is kept of a task vector, rescaled, where rates differ by model or by element."""
         rule = self._rule
-        delta = model.to(job.wide) - base.to(job.wide)
-        if not bool(delta.isfinite().all()):
-            self._refuse_input(job, start, start + delta.numel())
         key = stream_keys(rule.seed, self._models, job.name)[k]
+        kept: Tensor
         if rule.epsilon is None or rule.density is None:
+            delta = model.to(job.wide) - base.to(job.wide)
             keep = [found.low[k]], [found.high[k]], rule.drop[k], [key], start
-            kept: Tensor = ops.masked(None, [delta], *keep, [1.0], [found.rescale[k]], 1.0, "none", "none", 1.0)[0]
-            return kept
-        # The way from the smallest entry of a row to the largest, -1/2 to 1/2; a single entry is in the middle.
-        steps = (torch.arange(job.row, dtype=torch.float64) - (job.row - 1) / 2) / max(1, job.row - 1)
-        order = delta.abs().view(-1, job.row).argsort(dim=1, stable=True)
-        falling = (1.0 - rule.density[k] - rule.epsilon[k] * steps).expand_as(order)
-        rates = torch.empty_like(falling, memory_format=torch.contiguous_format).scatter_(1, order, falling).view(-1)
-        draws = ops.philox(key, start, delta.numel(), delta.device)
-        if rule.rescale == "inverse":
-            delta *= (1.0 / (1.0 - rates)).to(delta.dtype)
+            kept, bad = ops.masked(None, [delta], *keep, [1.0], [found.rescale[k]], 1.0, "none", "none", 1.0)
         else:
-            delta *= found.rescale[k]
-        return delta.masked_fill_(draws < (rates * 2**32).round(), 0.0)
+            factor = 0.0 if rule.rescale == "inverse" else found.rescale[k]
+            chances = [rule.density[k]], [rule.epsilon[k]], [factor], [key], start
+            kept, bad = ops.rank_drop(base, [model], job.row, *chances)
+            kept = kept[0]
+        if int(bad) >= 0:
+            self._refuse_input(job, start, start + model.numel())
+        return kept
 
     def _refuse_input(self, job: Job, start: int, stop: int) -> NoReturn:
         for entry in job.entries:

@@ -173,7 +173,10 @@ class Partial:
         return self._plan.read_bytes() == text if self._plan.exists() else None
 
     def _holds_result(self) -> bool:
-        return self.result.exists() and (not self._single or any(self.result.iterdir()))
+        if not self._single or not self.result.exists():
+            return self.result.exists()
+        # With both names, for the last step of all is to take away the first one.
+        return any(not self._out.exists() or not path.samefile(self._out) for path in self.result.iterdir())
 
     def _empty(self) -> None:
         # Journals first: without its files a journal would be wrong.
@@ -215,13 +218,20 @@ class Partial:
     def finish(self) -> None:
         """Give the output its name, and remove the folder."""
         with self.explaining(self._out):
-            if os.path.lexists(self._out):
-                refuse(self._op, "out", "a path where nothing is yet", f"'{self._out}', which exists by now")
             sync(self.result)
-            source = self.result
-            if self._single:
-                (source,) = self.result.iterdir()
-            os.rename(source, self._out)
+            try:
+                if os.path.lexists(self._out):
+                    raise FileExistsError
+                if self._single:
+                    (source,) = self.result.iterdir()
+                    _name_anew(source, self._out)
+                else:
+                    # Only an empty folder would be replaced.
+                    os.rename(self.result, self._out)
+            except OSError as error:
+                if not isinstance(error, (FileExistsError, NotADirectoryError)) and error.errno != errno.ENOTEMPTY:
+                    raise
+                refuse(self._op, "out", "a path where nothing is yet", f"'{self._out}', which exists by now")
             sync(self._out.parent)
         self.remove()
 
@@ -288,6 +298,20 @@ class ShardWriter:
 
     def __exit__(self, *error: object) -> None:
         os.close(self._file)
+
+
+def _name_anew(path: Path, name: Path) -> None:
+    """Rename a file, but never over another one, as :func:`os.rename` would."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without links: the name is taken first, by nothing.
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.replace(path, name)
+    else:
+        path.unlink()
 
 
 def _is_plan(path: Path) -> bool:

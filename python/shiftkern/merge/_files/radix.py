@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from shiftkern._ops import merge as ops
 
 __all__ = ["COUNTER_BYTES", "SCRATCH_BYTES", "count_digits", "kth_magnitudes"]
 
@@ -32,26 +32,12 @@ def count_digits(
     Only magnitudes whose bits above these equal the model's prefix count. Differences are of the type ``wide``. As
     magnitudes are not negative, the order of their bits, read as whole numbers, is that of their values.
     """
-    whole: Any = np.uint64 if wide == torch.float64 else np.uint32
-    sign, lowest = whole(1 << (8 * wide.itemsize - 1)), whole(_DIGITS - 1)
-    rows = counts.numpy()
+    if torch.promote_types(base.dtype, torch.float32) == wide:
+        ops.count_digits_(base, models, shift, prefixes, counts)
+        return
     for first in range(0, base.numel(), _BLOCK):
-        start = _widened(base[first : first + _BLOCK], wide)
-        for row, model, prefix in zip(rows, models, prefixes, strict=True):
-            bits = np.subtract(_widened(model[first : first + _BLOCK], wide), start).view(whole)
-            bits &= ~sign
-            if shift + 16 < 8 * wide.itemsize:
-                bits = bits[bits >> whole(shift + 16) == prefix]
-            row += np.bincount((bits >> whole(shift) & lowest).astype(np.int64), minlength=_DIGITS)
-
-
-def _widened(values: Tensor, wide: torch.dtype) -> Any:
-    """See a block in a wider type, by NumPy: in torch, waiting for threads would take longer than so little work."""
-    if values.dtype == torch.bfloat16:
-        bits = values.view(torch.uint8).numpy().view(np.uint16).astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32).astype(np.float64 if wide == torch.float64 else np.float32, copy=False)
-    return values.numpy().astype(np.float64 if wide == torch.float64 else np.float32, copy=False)
+        start, *others = (tensor[first : first + _BLOCK].to(wide) for tensor in (base, *models))
+        ops.count_digits_(start, others, shift, prefixes, counts)
 
 
 def kth_magnitudes(

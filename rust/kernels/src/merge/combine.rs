@@ -47,7 +47,7 @@ pub struct Masked<'a, R> {
 }
 
 /// Runs `tile(start, base, out)` over all tiles; returns the least number that one of them found bad.
-fn tiles<T: Element>(
+pub(super) fn tiles<T: Element>(
     deltas: &Deltas<'_, T>,
     out: &mut [T],
     par: Par<'_>,
@@ -95,8 +95,8 @@ impl<T: Element> Vectorized for LinearTile<'_, T> {
         let Self { deltas, weights, start, out } = self;
         let mut bad = None;
         let [mut base, mut sum, mut delta] = [[T::Acc::default(); TILE]; 3];
-        let (base, sum, delta) = (&mut base[..out.len()], &mut sum[..out.len()], &mut delta[..out.len()]);
-        deltas.load_base(start, base);
+        let (sum, delta) = (&mut sum[..out.len()], &mut delta[..out.len()]);
+        let base = deltas.base(start, &mut base[..out.len()]);
         for (model, &weight) in weights.iter().enumerate() {
             if !deltas.load(model, start, base, delta) {
                 bad = bad.or(Some(model));
@@ -105,7 +105,7 @@ impl<T: Element> Vectorized for LinearTile<'_, T> {
                 *sum = *sum + weight * delta;
             }
         }
-        for (sum, &base) in sum.iter_mut().zip(&*base) {
+        for (sum, &base) in sum.iter_mut().zip(base) {
             *sum = base + *sum;
         }
         T::store(sum, out);
@@ -151,10 +151,9 @@ impl<T: Element> Vectorized for MaskedTile<'_, T> {
         let (sum, memory) = memory.split_at_mut(TILE);
         let (divisor, all) = memory.split_at_mut(TILE);
         let count = out.len();
-        let (base, elected, sum, divisor) =
-            (&mut base[..count], &mut elected[..count], &mut sum[..count], &mut divisor[..count]);
+        let (elected, sum, divisor) = (&mut elected[..count], &mut sum[..count], &mut divisor[..count]);
         let mut bad = None;
-        deltas.load_base(start, base);
+        let base = deltas.base(start, &mut base[..count]);
         elected.fill(zero);
         for (model, delta) in all.chunks_exact_mut(TILE).enumerate() {
             let delta = &mut delta[..count];
@@ -169,10 +168,11 @@ impl<T: Element> Vectorized for MaskedTile<'_, T> {
                 *elected = *elected + vote * *delta;
             }
         }
+        let (tie, scale) = (how.tie, how.scale);
         for sign in &mut *elected {
-            let total = if *sign == zero { how.tie } else { *sign };
-            let negative = if total < zero { zero - one } else { zero };
-            *sign = if total > zero { one } else { negative };
+            let total = if *sign == zero { tie } else { *sign };
+            let [positive, negative] = [total > zero, total < zero].map(|holds| if holds { one } else { zero });
+            *sign = positive - negative;
         }
         sum.fill(zero);
         divisor.fill(zero);
@@ -202,9 +202,9 @@ impl<T: Element> Vectorized for MaskedTile<'_, T> {
         }
         let small = T::Acc::from_f64(1e-8);
         let divides = how.divide != Divide::None;
-        for ((sum, &divisor), &base) in sum.iter_mut().zip(&*divisor).zip(&*base) {
+        for ((sum, &divisor), &base) in sum.iter_mut().zip(&*divisor).zip(base) {
             let divisor = if divides & (divisor.magnitude() >= small) { divisor } else { one };
-            *sum = base + how.scale * (*sum / divisor);
+            *sum = base + scale * (*sum / divisor);
         }
         T::store(sum, out);
         bad

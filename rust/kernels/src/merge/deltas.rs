@@ -5,10 +5,11 @@ use crate::exec::{block_count, for_each_chunk};
 use crate::simd::{Element, Real, Reductions, Vectorized, dispatch};
 use crate::{KernelError, Par};
 
-/// Elements of a tile: those of several models stay in the second-level cache.
-pub const TILE: usize = 1024;
+/// Elements of a tile: those of several models, and what is made of them, stay in the first-level cache, and each is less
+/// than a page, as far apart as which loads seem to depend on stores.
+pub const TILE: usize = 256;
 /// Elements of a block of work.
-pub const BLOCK: usize = 32 * TILE;
+pub const BLOCK: usize = 128 * TILE;
 
 /// Models and the base that their task vectors are taken from; without one it is 0.
 #[derive(Clone, Copy)]
@@ -53,41 +54,58 @@ impl<'a, T: Element> Deltas<'a, T> {
         self.base.or(self.models.first().copied()).unwrap_or(&[])
     }
 
-    /// Widens the base of a tile, zeros without one; `base` is as long as the tile.
+    /// The base of a tile as long as `wide`, zeros without one; it is widened there where it must be.
     #[inline(always)]
-    pub fn load_base(&self, first: usize, base: &mut [T::Acc]) {
-        match self.base {
-            Some(source) => T::load(&source[first..][..base.len()], base),
-            None => base.fill(T::Acc::default()),
+    pub fn base<'b>(&self, first: usize, wide: &'b mut [T::Acc]) -> &'b [T::Acc]
+    where
+        'a: 'b,
+    {
+        if let Some(base) = self.base {
+            return widened(&base[first..][..wide.len()], wide);
         }
+        wide.fill(T::Acc::default());
+        wide
+    }
+
+    /// As [`Deltas::base`], a model.
+    #[inline(always)]
+    pub fn model<'b>(&self, model: usize, first: usize, wide: &'b mut [T::Acc]) -> &'b [T::Acc]
+    where
+        'a: 'b,
+    {
+        widened(&self.models[model][first..][..wide.len()], wide)
     }
 
     /// The task vector of a model on a tile; `false` if it holds NaN or an infinity.
     #[inline(always)]
     pub fn load(&self, model: usize, first: usize, base: &[T::Acc], delta: &mut [T::Acc]) -> bool {
-        let delta = &mut delta[..base.len()];
-        T::load(&self.models[model][first..][..base.len()], delta);
-        for (delta, &base) in delta.iter_mut().zip(base) {
-            *delta = *delta - base;
-        }
-        all_finite(delta)
+        let mut wide = [T::Acc::default(); TILE];
+        subtract(self.model(model, first, &mut wide[..base.len()]), base, delta)
     }
 }
 
-/// Whether a tile holds neither NaN nor infinities.
+/// The slice itself where it is of its type already.
 #[inline(always)]
-fn all_finite<R: Real>(x: &[R]) -> bool {
-    let (strips, rest) = x.as_chunks::<16>();
-    let mut lanes = [R::default(); 16];
-    for strip in strips {
-        for lane in 0..16 {
-            lanes[lane] = lanes[lane] + strip[lane].unless_finite();
-        }
+fn widened<'b, T: Element>(source: &'b [T], wide: &'b mut [T::Acc]) -> &'b [T::Acc] {
+    if let Some(same) = T::as_acc(source) {
+        return same;
     }
-    for (lane, &v) in lanes.iter_mut().zip(rest) {
-        *lane = *lane + v.unless_finite();
+    T::load(source, wide);
+    wide
+}
+
+/// `delta = model - base`; `false` if it holds NaN or an infinity.
+#[inline(always)]
+pub(super) fn subtract<R: Real>(model: &[R], base: &[R], delta: &mut [R]) -> bool {
+    let infinity = R::from_f64(f64::INFINITY);
+    // Whole numbers, of which the compiler may make lanes.
+    let mut finite = 1_u32;
+    for ((&model, &base), delta) in model.iter().zip(base).zip(delta) {
+        let difference = model - base;
+        *delta = difference;
+        finite &= u32::from(difference.magnitude() < infinity);
     }
-    lanes.iter().all(|&lane| lane == R::default())
+    finite == 1
 }
 
 /// Zeroes the entries of a tile that a stream of draws drops, each with probability `rate`.
@@ -192,8 +210,8 @@ impl<T: Element> Vectorized for Dots<'_, T> {
         for start in (first..(first + BLOCK).min(deltas.len())).step_by(TILE) {
             let count = TILE.min(deltas.len() - start);
             let [base, delta, slope] = &mut tile;
-            let (base, delta, slope) = (&mut base[..count], &mut delta[..count], &mut slope[..count]);
-            deltas.load_base(start, base);
+            let (delta, slope) = (&mut delta[..count], &mut slope[..count]);
+            let base = deltas.base(start, &mut base[..count]);
             T::load(&gradient[start..][..count], slope);
             for (model, sum) in sums.iter_mut().enumerate() {
                 if !deltas.load(model, start, base, delta) {
@@ -248,8 +266,8 @@ impl<T: Element> Vectorized for Magnitudes<'_, T> {
         };
         for start in (first..(first + BLOCK).min(deltas.len())).step_by(TILE) {
             let count = TILE.min(deltas.len() - start);
-            let (base, delta) = (&mut base[..count], &mut delta[..count]);
-            deltas.load_base(start, base);
+            let delta = &mut delta[..count];
+            let base = deltas.base(start, &mut base[..count]);
             for (model, sums) in sums.chunks_exact_mut(2).enumerate() {
                 if !deltas.load(model, start, base, delta) {
                     bad = bad.or(Some(model));

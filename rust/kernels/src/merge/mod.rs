@@ -4,11 +4,17 @@
 //! in order, one rounding at the end; work is cut into tiles of elements, so results do not depend on the number of
 //! threads.
 
+mod columns;
 mod combine;
+mod compete;
 mod deltas;
 mod philox;
+mod rank;
 mod threshold;
 
+pub use columns::{Matrix, by_columns, column_changes};
 pub use combine::{Divide, Elect, Masked, linear, masked};
+pub use compete::compete;
 pub use deltas::{Deltas, Keep, dots, magnitude_sums};
-pub use threshold::thresholds;
+pub use rank::{RankDrop, rank_drop, ranks};
+pub use threshold::{count_digits, thresholds};
