@@ -96,7 +96,8 @@ def test_demo_help_lists_demos_and_adapt_help_lists_options(capsys):
     assert "adapt" in text
     assert "transport" in text
     assert "merge" in text
-    for demo in ("transport", "merge"):
+    assert "finetune" in text
+    for demo in ("transport", "merge", "finetune"):
         assert exit_code(["demo", demo, "--help"]) == 0
         text = capsys.readouterr().out
         for option in ("--seed", "--out", "--quick"):
@@ -128,6 +129,8 @@ def test_merge_help_lists_its_options(capsys):
         (["demo", "transport", "--methods", "tent"], "--methods"),
         (["demo", "merge", "--seed", "-1"], "seed: expected a whole number"),
         (["demo", "merge", "--severity", "3"], "--severity"),
+        (["demo", "finetune", "--seed", "-1"], "seed: expected a whole number"),
+        (["demo", "finetune", "--methods", "lora"], "--methods"),
     ],
 )
 def test_wrong_demo_arguments_are_usage_errors(arguments, message, capsys, tmp_path, monkeypatch):
@@ -141,7 +144,7 @@ def test_wrong_demo_arguments_are_usage_errors(arguments, message, capsys, tmp_p
 
 
 @pytest.mark.parametrize("package", ["sklearn", "matplotlib", "rich"])
-@pytest.mark.parametrize("demo", ["adapt", "transport", "merge"])
+@pytest.mark.parametrize("demo", ["adapt", "transport", "merge", "finetune"])
 def test_a_missing_optional_package_is_one_line(package, demo, tmp_path):
     run = f"from shiftkern.cli import main; sys.exit(main(['demo', {demo!r}]))"
     code = f"import sys; sys.modules[{package!r}] = None; {run}"
@@ -151,7 +154,7 @@ def test_a_missing_optional_package_is_one_line(package, demo, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("demo", ["adapt", "transport", "merge"])
+@pytest.mark.parametrize("demo", ["adapt", "transport", "merge", "finetune"])
 def test_an_output_folder_that_cannot_be_made_is_one_line(demo, capsys, tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

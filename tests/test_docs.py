@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shiftkern import attention, merge, norm, ot, tta
+from shiftkern import attention, merge, norm, ot, peft, rotation, tta
 
 from helpers import process
 
@@ -105,3 +105,13 @@ def test_the_guide_to_attention_describes(public: str):
 @pytest.mark.parametrize("public", merge.__all__)
 def test_the_guide_to_merge_describes(public: str):
     assert re.search(rf"`{public}(?!\w)", (ROOT / "docs" / "guide-merge.md").read_text())
+
+
+@pytest.mark.parametrize("public", peft.__all__)
+def test_the_guide_to_peft_describes(public: str):
+    assert re.search(rf"`{public}(?!\w)", (ROOT / "docs" / "guide-peft.md").read_text())
+
+
+@pytest.mark.parametrize("public", rotation.__all__)
+def test_the_guide_to_rotation_describes(public: str):
+    assert re.search(rf"`{public}(?!\w)", (ROOT / "docs" / "guide-rotation.md").read_text())

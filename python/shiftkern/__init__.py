@@ -26,7 +26,7 @@ from shiftkern.errors import (
 )
 
 if TYPE_CHECKING:
-    from shiftkern import attention, merge, norm, ot, peft, rotation, tta
+    from shiftkern import attention, merge, norm, ot, peft, rotation, testing, tta
 
 __version__ = build_info()["version"]
 
@@ -47,10 +47,11 @@ __all__ = [
     "peft",
     "rotation",
     "set_num_threads",
+    "testing",
     "tta",
 ]
 
-_PACKAGES = ("attention", "merge", "norm", "ot", "peft", "rotation", "tta")
+_PACKAGES = ("attention", "merge", "norm", "ot", "peft", "rotation", "testing", "tta")
 
 
 def __getattr__(name: str) -> ModuleType:

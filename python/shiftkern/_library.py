@@ -9,6 +9,7 @@ times as much per call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 
 from shiftkern.errors import NotDifferentiableError
 
-__all__ = ["OPERATORS", "define", "first_order_only"]
+__all__ = ["OPERATORS", "define", "first_order_only", "without_autocast"]
 
 _LIBRARY: Any = torch.library.Library("shiftkern", "DEF")  # type: ignore[no-untyped-call]
 
@@ -73,13 +74,18 @@ def _exactly(torch_ops: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapped(*args: Any) -> Any:
         flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor))
-        device = next((t.device.type for t in flat), "cpu")
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return torch_ops(*args)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(next((t.device for t in flat), torch.device("cpu"))):
             return torch_ops(*args)
 
     return wrapped
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep autocast out of a computation that chooses its types itself."""
+    kind = device.type
+    # Meta tensors have no autocast, and refuse the question.
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

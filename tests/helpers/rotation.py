@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-import shiftkern
+from shiftkern.testing import assert_same_bits
 
 from helpers.strategies import computing, make, roundoff
 
@@ -130,13 +130,12 @@ def assert_same_bits_at_any_number_of_threads(
 ) -> None:
     """Compare results and gradients of calls on 1, 2 and 3 threads."""
     leaves = [t.detach().requires_grad_() for t in leaves]
-    results = []
-    for threads in counts:
-        shiftkern.set_num_threads(threads)
+
+    def call() -> list[Tensor]:
         y = function(*leaves)
-        results.append([y, *torch.autograd.grad(y, leaves, y.detach().flip(0))])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        return [y, *torch.autograd.grad(y, leaves, y.detach().flip(0))]
+
+    assert_same_bits(call, threads=counts)
 
 
 def assert_rows_do_not_meet(function: Callable[[Tensor], Tensor], d: int, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ def test_missing_files_are_refused(tmp_path):
         load(mlp(), tmp_path / "below", "two")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "open", "bytes", "deep"])
 def test_a_damaged_config_is_refused(tmp_path, content):
     saved(tmp_path)
     (tmp_path / CONFIG).write_bytes(content)
@@ -211,6 +212,8 @@ def test_a_damaged_config_is_refused(tmp_path, content):
         ({"r": "two"}, "'r'"),
         ({"target_modules": ["nothing"]}, "modules that exist"),
         ({"active": "yes"}, "active"),
+        ({"left_out": "0"}, "left_out"),
+        ({"left_out": [0]}, "left_out"),
         ({"r": 3}, "of one saving"),
     ],
 )
@@ -241,6 +244,7 @@ def test_damaged_tensors_are_refused(tmp_path):
         (lambda t: t.update({"layers.0.A": torch.zeros(3, 8)}), r"'layers.0.A' of shape \(2, 8\)"),
         (lambda t: t.update({"layers.0.A": torch.zeros(2, 8, dtype=torch.int64)}), "dtype"),
         (lambda t: t["layers.0.B"].fill_(float("nan")), "finite numbers in 'layers.0.B'"),
+        (lambda t: t.update({"layers.0.B": torch.full((16, 2), 1e300, dtype=torch.float64)}), "finite numbers"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, match):
@@ -283,3 +287,79 @@ def test_no_code_runs_from_a_file(tmp_path):
     saved(tmp_path)
     torch.save({"layers.0.A": torch.zeros(2, 8)}, tmp_path / TENSORS)
     refused(tmp_path, "safetensors")
+
+
+def test_integers_of_another_type_are_refused(tmp_path):
+    save(inject(cnn(), LoRAConfig(r=1, target_modules=["0"], modules_to_save=["1"])), tmp_path)
+    key = "modules.1.num_batches_tracked"
+    rewrite(tmp_path, lambda t: t.update({key: t[key].to(torch.int32)}))
+    refused(tmp_path, "num_batches_tracked.*int64", cnn())
+
+
+def test_infinite_buffers_of_a_trained_module_come_back(tmp_path):
+    def make():
+        model = mlp()
+        model[2].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        return model
+
+    save(train(inject(make(), LoRAConfig(r=1, target_modules=["0"], modules_to_save=["2"]))), tmp_path)
+    assert torch.equal(load(make(), tmp_path)[2].mask, torch.tensor([0.0, -torch.inf]))
+    rewrite(tmp_path, lambda t: t["modules.2.mask"].fill_(-torch.inf))
+    refused(tmp_path, "finite numbers in 'modules.2.mask'", make())
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "", ".", "..", "/etc"])
+def test_a_name_is_checked_before_it_is_a_path(tmp_path, name):
+    (tmp_path / "inside").mkdir()
+    saved(tmp_path / "outside")
+    with pytest.raises(ArgumentError, match="'adapter_name': expected a name of letters"):
+        load(mlp(), tmp_path / "inside", name)
+    with pytest.raises(ArgumentTypeError, match="adapter_name"):
+        load(mlp(), tmp_path / "outside", 3)
+
+
+def test_all_linear_beside_an_adapter_that_trains_a_layer_in_full(tmp_path):
+    # "b" adapts all linear layers but the one that "default" trains, also where it is loaded alone.
+    model = inject(mlp(), LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    train(inject(model, LoRAConfig(r=1), "b"))
+    save(model, tmp_path)
+    again = load(mlp(), tmp_path)
+    assert list(adapted_layers(again)) == ["0"]
+    assert torch.equal(again(rows()), model(rows()))
+    set_adapter(model, "b")
+    assert torch.equal(load(mlp(), tmp_path, "b")(rows()), model(rows()))
+
+
+def test_adapters_that_cannot_be_together_are_refused(tmp_path):
+    save(inject(mlp(), LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"])), tmp_path)
+    save(inject(mlp(), LoRAConfig(r=2, target_modules=["2"]), "b"), tmp_path)
+    refused(tmp_path, "'2' adapted by one and trained in full by another")
+
+
+def test_one_name_with_two_configs_is_not_saved(tmp_path):
+    model = nn.Sequential(mlp(), mlp())
+    for part, r in zip(model, (1, 2), strict=True):
+        inject(part, LoRAConfig(r=r))
+    with pytest.raises(ArgumentError, match="of one injection"):
+        save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_killed_while_saving_leaves_old_or_new_files(tmp_path, monkeypatch):
+    folder = tmp_path / "files"
+    old = saved(folder)(rows())
+    model = train(load(mlp(), folder))
+    left, replace = [], os.replace
+
+    def moving(source, target):
+        # What is there at this moment is what a kill would leave.
+        left.append(shutil.copytree(folder, tmp_path / str(len(left))))
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", moving)
+    save(model, folder)
+    assert sorted(os.listdir(folder)) == [CONFIG, TENSORS]
+    first, second = (load(mlp(), copy) for copy in left)
+    assert torch.equal(first(rows()), old)
+    assert torch.equal(second(rows()), model(rows()))
+    assert list(adapted_layers(second)["0"].adapters) == ["default"]

@@ -311,3 +311,26 @@ def test_describe_counts():
     assert lines[-1].startswith("64 of")
     set_adapter(model, "a")
     assert "idle" in describe(model)
+
+
+def test_a_model_without_a_layer_left_to_adapt_is_refused():
+    model = Classifier()
+    with pytest.raises(ArgumentError, match="linear layers that are not trained in full"):
+        inject(model, LoRAConfig(modules_to_save=["body", "classifier"]))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_with_adapters_is_no_model():
+    model = inject(Classifier(), LoRAConfig(r=1, target_modules=["0"], modules_to_save=["classifier"]))
+    for layer in (model.body[0], model.classifier):
+        with pytest.raises(ArgumentError, match="a model, to add adapters"):
+            inject(layer, LoRAConfig(r=1), "b")
+
+
+def test_integers_in_a_module_trained_in_full():
+    model = Classifier()
+    model.classifier.levels = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    inject(model, LoRAConfig(r=1, target_modules=["0"], modules_to_save=["classifier"]))
+    copied = model.classifier.copies["default"]
+    assert copied.weight.requires_grad
+    assert not copied.levels.requires_grad

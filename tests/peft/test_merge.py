@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shiftkern import ArgumentError
+from shiftkern import ArgumentError, ArgumentTypeError
 from shiftkern.peft import (
     BitFitConfig,
     GOFTConfig,
@@ -340,3 +340,33 @@ def test_gradients_flow_through_a_merged_layer_to_its_input():
     x = rows(torch.float64).requires_grad_()
     model(x).sum().backward()
     assert x.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_parts_of_a_model_that_were_injected_by_themselves(first):
+    model = nn.Sequential(mlp(), mlp())
+    for part, name in zip(model, "ab", strict=True):
+        inject(part, LoRAConfig(r=2), name)
+    train(model)
+    want = model(rows())
+    if first:
+        merge(model[0])
+    merge_and_unload(model)
+    torch.testing.assert_close(model(rows()), want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_name_in_two_parts_of_which_one_is_merged():
+    model = nn.Sequential(mlp(), mlp())
+    for part in model:
+        inject(part, LoRAConfig(r=2))
+    train(model)
+    want = model(rows())
+    merge(model[0])
+    merge_and_unload(model)
+    torch.testing.assert_close(model(rows()), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", [5, {"default"}])
+def test_adapters_are_a_name_or_a_sequence(adapters):
+    with pytest.raises(ArgumentTypeError, match="adapters"):
+        merge(inject(mlp(), LoRAConfig(r=1)), adapters=adapters)

@@ -6,8 +6,6 @@ import importlib.resources
 import inspect
 import pkgutil
 import re
-import statistics
-import time
 
 import pytest
 import torch
@@ -109,20 +107,13 @@ def test_classes_of_the_domains_have_examples(name, value):
 
 def test_import_adds_little_to_that_of_torch():
     script = """
-        import time
-        import torch
-        start = time.perf_counter()
+                import torch
+        start = time.process_time()
         import shiftkern
-        print(time.perf_counter() - start)
+        print(time.process_time() - start)
     """
-    # The least loaded of three groups of three: another process on the machine must not decide.
-    medians = []
-    for _ in range(3):
-        medians.append(statistics.median(float(output(script)) for _ in range(3)))
-        if medians[-1] < 0.15:
-            break
-        time.sleep(1)
-    assert min(medians) < 0.15, medians
+    # Processor time, and the least of five: another process on the machine must not decide.
+    assert min(float(output(script)) for _ in range(5)) < 0.15
 
 
 def test_import_starts_no_thread_and_needs_no_extra():

@@ -16,7 +16,7 @@ from torch import Tensor
 from shiftkern import _native
 from shiftkern._checks import refuse
 from shiftkern._crossing import View, threads, view
-from shiftkern._library import define
+from shiftkern._library import define, without_autocast
 from shiftkern._rows import unit_rows
 from shiftkern.errors import NotDifferentiableError
 
@@ -283,7 +283,7 @@ sinkhorn = define(
 
 def products(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` in their own dtype, under autocast too."""
-    with torch.autocast(left.device.type, enabled=False):
+    with without_autocast(left.device):
         return left @ right
 
 

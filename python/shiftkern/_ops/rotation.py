@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from shiftkern import _native
 from shiftkern._crossing import threads, view
-from shiftkern._library import define
+from shiftkern._library import define, without_autocast
 
 #: Blocks wider than this are solved by LAPACK: its blocked elimination is worth more than one call for all.
 WIDEST_SOLVE = 128
@@ -19,12 +18,6 @@ WIDEST_SOLVE = 128
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Keep autocast out of products of parameters. Meta tensors have none, and refuse the question."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 # --- givens -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern.attention.merge_state import merge_state
 from shiftkern.attention.neighborhood import neighborhood
 
@@ -124,7 +125,7 @@ def aggregated_attention(
         return q.new_empty(q.shape)
 
     # Under autocast, products would be rounded to half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         return _attend(
             (q, k, v, k_pool, v_pool), temperature, size, query_embedding, bias, pool_bias, tokens, token_bias
         ).to(q.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern.attention.entmax import entmax
 
 __all__ = ["arm_gate"]
@@ -91,7 +92,7 @@ def arm_gate(
     _checks.flag(op, "return_weights", return_weights)
 
     fields = x.to(torch.promote_types(x.dtype, torch.float32))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         weights = entmax(q.to(fields.dtype) @ fields.mT, alpha) * values
         y = (weights @ fields).exp().to(x.dtype)
     return (y, weights.to(x.dtype)) if return_weights else y

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 
 __all__ = ["cross_covariance_attention"]
 
@@ -82,7 +83,7 @@ def cross_covariance_attention(
         temperature = _checks.number(op, "temperature", temperature)
 
     # Under autocast, products of half precision could overflow.
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         product, q_squares, k_squares = _ChannelProducts.apply(q.to(wide), k.to(wide))
         # One norm after the other: their product may overflow where neither of them does.
         cosines = product / _norms(q_squares, eps).unsqueeze(-1) / _norms(k_squares, eps).unsqueeze(-2)

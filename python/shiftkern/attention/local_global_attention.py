@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern._library import first_order_only
+from shiftkern._library import first_order_only, without_autocast
 from shiftkern.attention.sparse_attention import check_heads
 
 __all__ = ["LocalGlobalAttention", "local_global_attention"]
@@ -136,7 +136,7 @@ def local_global_attention(
     rows = max(1, budget // (itemsize * max(m, 2 * window + 1)))
     tiles = _Tiles(window, dropout, rows, None if generator is None or dropout == 0.0 else _seed(generator))
     maps = [t.flatten(0, 1) for t in (q * scale, k, v, gate_logits.unsqueeze(-1))]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out: Tensor = _LocalGlobal.apply(*maps, key_mask, tiles)
     out = out.view(batch, heads, n, v.shape[3])
     if empty is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
-from shiftkern._library import first_order_only
+from shiftkern._library import first_order_only, without_autocast
 
 __all__ = ["pointer"]
 
@@ -118,7 +118,7 @@ def pointer(
         steps = steps.masked_fill(~mask.any(2).unsqueeze(-1), 0.0)
 
     wide = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device):
         inputs, queries = encoder_states.to(wide) @ W1.to(wide).T, steps.to(wide) @ W2.to(wide).T
         cells = max(1, budget // (torch.finfo(wide).bits // 8 * max(v.shape[0], 1)))
         scores: Tensor = _AdditiveScores.apply(inputs, queries, v.to(wide), cells)

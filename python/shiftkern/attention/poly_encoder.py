@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 
 __all__ = ["PolyEncoder", "poly_encoder"]
 
@@ -83,7 +84,7 @@ def poly_encoder(context: Tensor, candidates: Tensor, codes: Tensor | int, *, ma
 
     wide = torch.promote_types(context.dtype, torch.float32)
     states = context.to(wide)
-    with torch.autocast(context.device.type, enabled=False):
+    with without_autocast(context.device):
         if isinstance(codes, Tensor):
             summaries = _attention(codes.to(wide) @ states.mT, mask) @ states
             taken = None

@@ -246,7 +246,7 @@ def _build_network(seed: int) -> nn.Sequential:
 
 @torch.no_grad()
 def _accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return round(100 * (network(images).argmax(1) == labels).float().mean().item(), 4)
+    return round(100 * float((network(images).argmax(1) == labels).float().mean()), 4)
 
 
 @torch.no_grad()
@@ -295,7 +295,7 @@ def run(options: Options, progress: Callable[[str, float], None] = lambda _messa
     turned = partial(corrupt, kind="rotation", severity=_SEVERITY, seed=seed)
     images, labels = data.train_images[_VALIDATION:], data.train_labels[_VALIDATION:]
     validation, validation_labels = turned(data.train_images[:_VALIDATION]), data.train_labels[:_VALIDATION]
-    size, examples = (448, 320) if quick else (len(data.test_labels), len(labels))
+    size, examples = (448, 256) if quick else (len(data.test_labels), len(labels))
     upright, test_labels = data.test_images[:size], data.test_labels[:size]
     target = turned(upright)
     base = _build_network(seed)

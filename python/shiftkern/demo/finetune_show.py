@@ -110,10 +110,9 @@ def _rotations(results: Results) -> str:
     errors = {name: fit.off_orthogonal for name, fit in results.methods.items() if fit.off_orthogonal is not None}
     kept = {name: error for name, error in errors.items() if error < _ROUNDING}
     free = [f"{METHODS[name].label} {error:.1e}" for name, error in errors.items() if name not in kept]
-    words = (
-        f"{', '.join(METHODS[name].label for name in kept)} stay orthogonal (error at most {max(kept.values()):.0e})"
-    )
-    return f"After training {words}" + (f"; relaxed forms are not ({', '.join(free)})." if free else ".")
+    names = ", ".join(METHODS[name].label for name in kept)
+    start = f"After training {names} are orthogonal up to {max(kept.values()):.0e}"
+    return f"{start}; relaxed forms are not ({', '.join(free)})." if free else f"{start}."
 
 
 def _taken_out(results: Results) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern.peft._kinds import Kind, Place, computed_in
 
 __all__ = ["FORMAT", "METHODS", "WEIGHTED", "Adapter", "Base", "Config", "map_hidden", "names_of_modules", "register"]
@@ -193,13 +193,6 @@ def layer_parameters(layer: nn.Module, kind: Kind) -> tuple[Tensor, Tensor | Non
     return kind.matrix(weight).to(dtype), None if bias is None else bias.to(dtype)
 
 
-def exactly(device: torch.device) -> AbstractContextManager[Any]:
-    """Keep autocast out of what changes weights: it would round products to half precision."""
-    kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
-
-
 class Adapter(nn.Module):
     """The parameters of one method on one layer, and nothing of the layer itself.
 
@@ -238,7 +231,7 @@ class Adapter(nn.Module):
         """Evaluate the adapted layer: on activations where the method can, otherwise with a merged weight."""
         if base.kind.name in self.activations:
             return self.transform(x, base, *args, **kwargs)
-        with exactly(next(base.layer.parameters()).device):
+        with without_autocast(next(base.layer.parameters()).device):
             weight, bias = self.merge(*base.parameters())
         return base.call(x, weight, bias)
 

@@ -18,8 +18,8 @@ from shiftkern import _checks
 from shiftkern.errors import ArgumentError
 from shiftkern.peft._adapter import Adapter, Config
 from shiftkern.peft._layer import TrainedCopies
-from shiftkern.peft._model import Plan, active_names, adapted_layers, commit, injected, names_of, plan
-from shiftkern.peft._targets import base_slots
+from shiftkern.peft._model import Plan, active_names, adapted_layers, check_name, commit, injected, names_of, plan
+from shiftkern.peft._targets import base_slots, find
 
 __all__ = ["load", "save"]
 
@@ -77,12 +77,19 @@ def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str 
     active = active_names(model)
     for name in names:
         adapters = {place: layer.adapter(name) for place, layer in _layers(model, name)}
-        config = next(layer.configs[name] for _, layer in _layers(model, name))
+        config, *others = (layer.configs[name] for _, layer in _layers(model, name))
+        if any(other != config for other in others):
+            _checks.refuse(op, "model", f"adapters {name!r} of one injection", "several configs of that name")
         wrappers = [(s.name, s.module) for s in base_slots(model)]
         copies = {n: w.copies[name] for n, w in wrappers if isinstance(w, TrainedCopies) and name in w.copies}
         tensors = {key: value.detach().to("cpu").clone().contiguous() for key, value in _state(adapters, copies)}
         described = config.to_dict()
-        text = json.dumps({**described, "active": active.index(name) if name in active else None}, indent=2)
+        values = {**described, "active": active.index(name) if name in active else None}
+        if config.target_modules == "all-linear":
+            # Such as those that another adapter trains in full, which a model may be loaded without.
+            linear = find(op, "model", model, "all-linear")
+            values["left_out"] = [slot.name for slot in linear if slot.name not in adapters]
+        text = json.dumps(values, indent=2)
         target = folder if name == _TOP else folder / name
         target.mkdir(parents=True, exist_ok=True)
         # The tensors carry the config as well, so that files of two savings are not taken for one.
@@ -131,8 +138,17 @@ def load(model: M, directory: str | os.PathLike[str], adapter_name: str | None =
     """
     op = "load"
     folder = _path(op, directory)
+    if adapter_name is not None:
+        # Before it is made a part of a path.
+        check_name(op, adapter_name)
     found = _folders(op, folder, adapter_name)
     plans = [_read(op, model, name, place) for name, place in found]
+    whole = {id(inner) for made, _ in plans for slot, _ in made.copies for inner in slot.base.modules()}
+    for made, _ in plans:
+        for slot, _ in made.adapters:
+            if id(slot.base) in whole:
+                got = f"{slot.name!r} adapted by one and trained in full by another"
+                _checks.refuse(op, "directory", f"adapters that fit each other in '{folder}'", got)
     order = sorted(plans, key=lambda entry: (entry[1] is None, entry[1] or 0))
     for made, position in order:
         commit(model, made, active=position is not None)
@@ -159,14 +175,17 @@ def _read(op: str, model: nn.Module, name: str, folder: Path) -> tuple[Plan, int
     source = folder / _CONFIG
     try:
         values = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _checks.refuse(op, "directory", f"JSON in '{source}'", str(error))
     position = values.pop("active", 0) if isinstance(values, dict) else 0
     if position is not None and (isinstance(position, bool) or not isinstance(position, int)):
         _checks.refuse(op, "directory", f"an integer or null as 'active' in '{source}'", repr(position))
+    left_out = values.pop("left_out", []) if isinstance(values, dict) else []
+    if not isinstance(left_out, list) or not all(isinstance(entry, str) for entry in left_out):
+        _checks.refuse(op, "directory", f"names of modules as 'left_out' in '{source}'", repr(left_out))
     try:
         config = Config.from_dict(values, f"'{source}'")
-        made = plan(op, model, config, name)
+        made = plan(op, model, config, name, left_out)
     except ArgumentError as error:
         raise type(error)(f"{op}: '{source}': {error}") from error
     adapters = {slot.name: adapter for slot, adapter in made.adapters}
@@ -192,10 +211,13 @@ def _fill(op: str, path: Path, config: Config, expected: dict[str, Tensor]) -> N
         _checks.refuse(op, "directory", f"tensors in '{path}' for which the model has a place", repr(key))
     for key, value in expected.items():
         given = tensors[key]
-        if given.shape != value.shape or given.is_floating_point() != value.is_floating_point():
+        same_type = given.dtype == value.dtype or (given.is_floating_point() and value.is_floating_point())
+        if given.shape != value.shape or not same_type:
             fits = f"{key!r} of shape {tuple(value.shape)} and dtype {value.dtype} in '{path}'"
             _checks.refuse(op, "directory", fits, _checks.describe(given))
-        if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+        # In the type that they get, in which a large number may be infinite. Buffers of the model may be so themselves.
+        bad = ~torch.isfinite(given.to(value.dtype))
+        if bool(bad.any()) and (value.is_meta or bool((bad & torch.isfinite(value).to(bad.device)).any())):
             _checks.refuse(op, "directory", f"finite numbers in {key!r} in '{path}'", "NaN or infinity")
     with torch.no_grad():
         for key, value in expected.items():
@@ -222,20 +244,16 @@ def _layers(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file beside its place and move it there when it is complete."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(beside))
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        beside = Path(folder) / "new"
+        # Those who may read other new files may read this one; safetensors makes files for their owner alone.
+        beside.touch()
+        mode = beside.stat().st_mode
+        write(beside)
+        beside.chmod(mode)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(beside, 0o666 & ~mask)
         os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
 
 
 def _path(op: str, directory: Any) -> Path:

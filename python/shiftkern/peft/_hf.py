@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peft import PeftConfig, mapping
 from shiftkern import _checks
-from shiftkern.peft._adapter import Adapter, Base, Config, exactly, layer_parameters
+from shiftkern._library import without_autocast
+from shiftkern.peft._adapter import Adapter, Base, Config, layer_parameters
 from shiftkern.peft._kinds import kind_of, place_of
 from shiftkern.peft.ether import ETHERConfig
 from shiftkern.peft.goft import GOFTConfig, Topology
@@ -161,7 +162,7 @@ class _Layer(nn.Module, BaseTunerLayer):
         if not chosen:
             return
         own = self.own
-        with torch.no_grad(), exactly(own.device):
+        with torch.no_grad(), without_autocast(own.device):
             matrix, bias = layer_parameters(self.base_layer, self.kind)
             for adapter in chosen.values():
                 matrix, bias = adapter.merge(matrix, bias)
@@ -178,7 +179,7 @@ class _Layer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("unmerge: nothing is merged", stacklevel=2)
         own = self.own
-        with torch.no_grad(), exactly(own.device):
+        with torch.no_grad(), without_autocast(own.device):
             while self.originals:
                 names, kept = self.originals.pop()
                 if kept is None:

@@ -6,15 +6,18 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from shiftkern.peft._adapter import Adapter, Base, Config, exactly, keep_wide, layer_parameters
+from shiftkern._library import without_autocast
+from shiftkern.peft._adapter import Adapter, Base, Config, keep_wide, layer_parameters
 from shiftkern.peft._kinds import Kind, kind_of
 
-__all__ = ["AdaptedLayer", "Merge", "TrainedCopies"]
+__all__ = ["AdaptedLayer", "Merge", "TrainedCopies", "train_in_full"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
@@ -117,7 +120,7 @@ class AdaptedLayer(nn.Module):
         if name in ("weight", "bias") and self.kind.name != "block":
             base = self.base()
             if base.adapters and all(adapter.mergeable for adapter in base.adapters):
-                with exactly(layer.weight.device):
+                with without_autocast(layer.weight.device):
                     weight, bias = base.parameters()
                 if name == "weight":
                     return self.kind.stored(weight, layer.weight).to(layer.weight.dtype)
@@ -143,7 +146,7 @@ class AdaptedLayer(nn.Module):
         """Return weight and bias with adapters folded in, in the form and type in which they are stored."""
         own = self.base_layer.weight
         assert isinstance(own, Tensor)
-        with torch.no_grad(), exactly(own.device):
+        with torch.no_grad(), without_autocast(own.device):
             weight, bias = layer_parameters(self.base_layer, self.kind)
             for name in names:
                 weight, bias = self.adapter(name).merge(weight, bias)
@@ -185,7 +188,7 @@ class AdaptedLayer(nn.Module):
                 if bias is not None:
                     _put(layer, "bias", bias.to(own), fresh=False)
         else:
-            with torch.no_grad(), exactly(own.device):
+            with torch.no_grad(), without_autocast(own.device):
                 matrix, offset = layer_parameters(layer, self.kind)
                 for name in reversed(merge.names):
                     matrix, offset = self.adapter(name).unmerge(matrix, offset)
@@ -218,7 +221,7 @@ class TrainedCopies(nn.Module):
 
     def fresh(self) -> nn.Module:
         """Return a copy of the original to train."""
-        return copy.deepcopy(self.original).requires_grad_(True)
+        return train_in_full(copy.deepcopy(self.original))
 
     def chosen(self) -> nn.Module:
         """Return the module that is evaluated now."""
@@ -236,6 +239,14 @@ class TrainedCopies(nn.Module):
             if "original" not in self.__dict__.get("_modules", {}):
                 raise
         return getattr(self.chosen(), name)
+
+
+def train_in_full(module: M) -> M:
+    """Let every parameter be trained that can be: integers, as of quantized weights, have no gradient."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(True)
+    return module
 
 
 def _noticed(layer: nn.Module, args: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shiftkern import _checks
 from shiftkern.peft._adapter import Adapter, Config
 from shiftkern.peft._kinds import kind_of, place_of
-from shiftkern.peft._layer import AdaptedLayer, Merge, TrainedCopies
+from shiftkern.peft._layer import AdaptedLayer, Merge, TrainedCopies, train_in_full
 from shiftkern.peft._targets import Slot, base_slots, find, named_base_parameters
 
 __all__ = [
@@ -87,13 +87,18 @@ def inject(model: M, config: Config, adapter_name: str = "default") -> M:
     return model
 
 
-def plan(op: str, model: nn.Module, config: Config, name: str) -> Plan:
-    """Make the adapters of an injection without touching the model."""
+def plan(op: str, model: nn.Module, config: Config, name: str, left_out: Sequence[str] = ()) -> Plan:
+    """Make the adapters of an injection without touching the model; "all-linear" is without the layers ``left_out``."""
     _module(op, model)
     if not isinstance(config, Config):
         _checks.refuse_type(op, "config", "a config of shiftkern.peft", _checks.describe(config))
+    if isinstance(model, (AdaptedLayer, TrainedCopies)):
+        _checks.refuse(op, "model", "a model, to add adapters to all of it", "one of its layers that has adapters")
     _enabled(op, model)
-    _fresh_name(op, model, name)
+    check_name(op, name)
+    names = names_of(model)
+    if name in names:
+        _checks.refuse(op, "adapter_name", f"a name other than {', '.join(map(repr, names))}", repr(name))
     copied = find(op, "modules_to_save", model, config.modules_to_save) if config.modules_to_save else []
     for slot in copied:
         if any(isinstance(m, AdaptedLayer) for m in slot.module.modules()):
@@ -103,7 +108,9 @@ def plan(op: str, model: nn.Module, config: Config, name: str) -> Plan:
     trained = {id(inner) for slot in whole for inner in slot.base.modules()}
     found = find(op, "target_modules", model, config.target_modules)
     if config.target_modules == "all-linear":
-        found = [slot for slot in found if id(slot.base) not in trained]
+        found = [slot for slot in found if id(slot.base) not in trained and slot.name not in left_out]
+        if not found:
+            _checks.refuse(op, "target_modules", "linear layers that are not trained in full", "none")
     for slot in found:
         _accept(op, config, slot, trained)
     places = [place_of(slot.name, slot.base, model) for slot in found]
@@ -184,7 +191,14 @@ def names_of(model: nn.Module) -> list[str]:
 
 
 def active_names(model: nn.Module) -> list[str]:
-    return next((list(layer.active) for layer in _wrappers(model)), [])
+    # Parts of a model may have been injected by themselves: not every layer knows every name.
+    return list(dict.fromkeys(name for wrapper in _wrappers(model) for name in wrapper.active))
+
+
+def _unmerged_names(model: nn.Module) -> list[str]:
+    """Names of the active adapters that are not merged in every layer."""
+    acting = {name for layer in adapted_layers(model).values() for name in layer.acting()}
+    return [name for name in active_names(model) if name in acting]
 
 
 def _activate(model: nn.Module, names: list[str]) -> None:
@@ -199,7 +213,7 @@ def _activate(model: nn.Module, names: list[str]) -> None:
         parts = wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.copies
         for name in parts:
             if name in names:
-                parts[name].requires_grad_(True)
+                train_in_full(parts[name])
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
@@ -227,16 +241,14 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     """
     op = "set_adapter"
     injected(op, model)
-    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-    if not isinstance(names, Sequence):
-        _checks.refuse_type(op, "adapter_name", "a name or a sequence of names", _checks.describe(adapter_name))
+    names = _names(op, "adapter_name", adapter_name)
     for i, name in enumerate(names):
         _known_name(op, model, name)
         if name in names[:i]:
             _checks.refuse(op, "adapter_name", "each name once", repr(name))
     _enabled(op, model)
     _unmerged(op, model)
-    _activate(model, list(names))
+    _activate(model, names)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -343,15 +355,15 @@ def merge(model: M, safe: bool = True, *, stash: bool = False, adapters: str | S
     op = "merge"
     layers = injected(op, model)
     safe, stash = _checks.flag(op, "safe", safe), _checks.flag(op, "stash", stash)
-    merged = {name for layer in layers.values() for name in layer.merged}
-    left = [name for name in active_names(model) if name not in merged]
     _enabled(op, model)
+    merged = {name for layer in layers.values() for name in layer.merged}
+    left = _unmerged_names(model)
     names = left
     if adapters is not None:
-        names = [adapters] if isinstance(adapters, str) else list(adapters)
+        names = _names(op, "adapters", adapters)
         for name in names:
             _known_name(op, model, name, "adapters")
-        names = [name for name in names if name not in merged]
+        names = [name for name in names if name in left or name not in merged]
         if names != left[: len(names)]:
             _checks.refuse(op, "adapters", f"the first of the active and unmerged ones, {left}", str(names))
     if not names:
@@ -359,7 +371,7 @@ def merge(model: M, safe: bool = True, *, stash: bool = False, adapters: str | S
         return model
     work = []
     for place, layer in layers.items():
-        own = tuple(name for name in names if name in layer.adapters)
+        own = tuple(name for name in layer.acting() if name in names)
         for name in own:
             if not layer.adapter(name).mergeable:
                 method = layer.configs[name].peft_type
@@ -519,10 +531,9 @@ def merge_and_unload(model: M, safe: bool = True) -> M:
     'Linear'
     """
     op = "merge_and_unload"
-    layers = injected(op, model)
+    injected(op, model)
     _enabled(op, model)
-    merged = {name for layer in layers.values() for name in layer.merged}
-    if any(name not in merged for name in active_names(model)):
+    if _unmerged_names(model):
         merge(model, safe)
     _take_out(model, trained=True)
     return model
@@ -741,16 +752,22 @@ def _unmerged(op: str, model: nn.Module) -> None:
         _checks.refuse(op, "model", "a model without merged adapters (see unmerge)", f"merged {', '.join(merged)}")
 
 
-def _fresh_name(op: str, model: nn.Module, name: Any) -> None:
+def _names(op: str, argument: str, value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Sequence):
+        _checks.refuse_type(op, argument, "a name or a sequence of names", _checks.describe(value))
+    return list(value)
+
+
+def check_name(op: str, name: Any) -> None:
+    """Refuse what cannot name an adapter."""
     if not isinstance(name, str):
         _checks.refuse_type(op, "adapter_name", "a str", _checks.describe(name))
     # It becomes the name of a submodule and of a folder.
     if not name.replace("-", "_").isidentifier() or hasattr(nn.ModuleDict(), name):
         expected = "a name of letters, digits, '_' and '-' that nn.ModuleDict does not use itself"
         _checks.refuse(op, "adapter_name", expected, repr(name))
-    names = names_of(model)
-    if name in names:
-        _checks.refuse(op, "adapter_name", f"a name other than {', '.join(map(repr, names))}", repr(name))
 
 
 def _known_name(op: str, model: nn.Module, name: Any, argument: str = "adapter_name") -> None:

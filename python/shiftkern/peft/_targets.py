@@ -104,8 +104,6 @@ def find(op: str, argument: str, model: nn.Module, wanted: str | Sequence[str]) 
     if wanted == "all-linear":
         head = output_head(model)
         found = [s for s in slots if (isinstance(s.base, nn.Linear) or is_transposed(s.base)) and s.base is not head]
-        # What is trained in full is not adapted as well.
-        found = [s for s in found if not any(isinstance(h, TrainedCopies) for h, _ in s.holders)]
         if not found:
             _checks.refuse(op, argument, "a model with linear layers", "none")
         return found

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern.peft._adapter import WEIGHTED, Adapter, Config, exactly, register
+from shiftkern._library import without_autocast
+from shiftkern.peft._adapter import WEIGHTED, Adapter, Config, register
 from shiftkern.peft._kinds import Place
 
 __all__ = ["IntrinsicDimensionConfig"]
@@ -127,7 +128,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, projection: _Projection, transposed: bool) -> Tensor:
         ctx.projection, ctx.transposed = projection, transposed
         # Gradients may be asked for where autocast is on.
-        with exactly(v.device):
+        with without_autocast(v.device):
             return projection.back(v) if transposed else projection.times(v)
 
     @staticmethod

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern._library import first_order_only
-from shiftkern.peft._adapter import Adapter, Base, Config, exactly, register
+from shiftkern._library import first_order_only, without_autocast
+from shiftkern.peft._adapter import Adapter, Base, Config, register
 from shiftkern.peft._kinds import Place, computed_in
 
 __all__ = ["PEGOConfig", "pego_penalty"]
@@ -90,7 +90,7 @@ def pego_penalty(weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tens
     flat = [weight, *(t for pair in pairs for t in pair)]
     wide = torch.float64 if any(t.dtype == torch.float64 for t in flat) else torch.float32
     total = torch.zeros((), dtype=wide, device=weight.device)
-    with exactly(weight.device):
+    with without_autocast(weight.device):
         weight = weight.to(wide)
         factors = [(a.to(wide), b.to(wide)) for a, b in pairs]
         for i, (a, b) in enumerate(factors):

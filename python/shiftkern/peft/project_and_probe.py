@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern.errors import ConvergenceWarning
 
 __all__ = ["ProjectAndProbe"]
@@ -266,13 +267,13 @@ class ProjectAndProbe(nn.Module):
             _checks.refuse(op, "features", expected, f"shape {tuple(features.shape)}")
         double = torch.float64 in (features.dtype, self.projection.dtype)
         wide = torch.float64 if double else torch.float32
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return F.linear(features.to(wide), self.projection.to(wide))
 
     def _logits(self, op: str, features: Tensor) -> Tensor:
         self._learned(op, 2)
         x = self._projected(op, features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
     def _learned(self, op: str, stage: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 
 __all__ = ["Basis", "check_pair", "computing"]
 
@@ -33,7 +34,7 @@ class Basis(nn.Module):
     def forward(self) -> Tensor:
         """Return ``W``, in the type of the parameter, or float32 where that is narrower."""
         dtype = computing(self.moved.dtype)
-        with torch.autocast(self.moved.device.type, enabled=False):
+        with without_autocast(self.moved.device):
             start, moved = self._polished(dtype), self.moved.to(dtype)
             d, columns = start.shape
             if 2 * columns >= d:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern.rotation._basis import Basis, check_pair, computing
 
 __all__ = ["BoundlessDAS"]
@@ -170,7 +171,7 @@ class BoundlessDAS(nn.Module):
         check_pair("BoundlessDAS", base, source, self.rotation.start)
         basis = self.basis()
         dtype = torch.promote_types(computing(base.dtype), basis.dtype)
-        with torch.autocast(base.device.type, enabled=False):
+        with without_autocast(base.device):
             basis = basis.to(dtype)
             difference = source.to(dtype) - base.to(dtype)
             return (base.to(dtype) + (self.mask().to(dtype) * (difference @ basis)) @ basis.mT).to(base.dtype)

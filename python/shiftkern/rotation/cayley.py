@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern._ops import rotation as ops
 
 __all__ = ["cayley", "skew_to_blocks"]
@@ -79,7 +80,7 @@ def skew_to_blocks(
     eye = torch.eye(block_size, dtype=skew.dtype, device=skew.device)
     # I + 2 Q + ... + 2 Q^(terms - 2) + Q^(terms - 1): the inverse's series cut off one power earlier, times I + Q.
     power = total = eye.expand_as(Q)
-    with ops.without_autocast(skew.device):
+    with without_autocast(skew.device):
         for n in range(1, terms):
             power = power @ Q
             total = total + (power if n == terms - 1 else 2.0 * power)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern.rotation._basis import Basis, check_pair, computing
 
 __all__ = ["DAS"]
@@ -111,7 +112,7 @@ class DAS(nn.Module):
         check_pair("DAS", base, source, self.rotation.start)
         columns = self.basis()[:, : self.k]
         dtype = torch.promote_types(computing(base.dtype), columns.dtype)
-        with torch.autocast(base.device.type, enabled=False):
+        with without_autocast(base.device):
             columns = columns.to(dtype)
             difference = source.to(dtype) - base.to(dtype)
             return (base.to(dtype) + (difference @ columns) @ columns.mT).to(base.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern._ops import rotation as ops
 from shiftkern._rows import unit_rows
 from shiftkern.rotation._rows import accept_x, as_rows, widened
@@ -87,7 +88,7 @@ def householder_chain(x: Tensor, U: Tensor, *, orthogonalize: bool = False, tran
     else:
         directions = unit_rows(U.mT)
         eye = torch.eye(r, dtype=U.dtype, device=U.device)
-        with ops.without_autocast(U.device):
+        with without_autocast(U.device):
             inverse = (directions @ directions.mT).triu(1) + 0.5 * eye
             core = -torch.linalg.solve_triangular(inverse, eye, upper=True)
     core = core.mT if transpose else core

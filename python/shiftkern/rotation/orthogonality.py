@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
-from shiftkern._ops.rotation import without_autocast
+from shiftkern._library import without_autocast
 
 __all__ = ["orthogonality_error", "orthogonality_penalty"]
 

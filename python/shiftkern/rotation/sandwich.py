@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shiftkern import _checks
+from shiftkern._library import without_autocast
 from shiftkern.rotation._basis import computing
 
 __all__ = ["SandwichLinear", "SandwichNet"]
@@ -116,7 +117,7 @@ class SandwichLinear(nn.Module):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return ``A`` ``(out, out)`` and ``B`` ``(out, in)``, float32 or float64, with ``A A^T + B B^T = I``."""
-        with torch.autocast(self.free.device.type, enabled=False):
+        with without_autocast(self.free.device):
             free = self.free.to(computing(self.free.dtype))
             x, y = free[: self.out_features], free[self.out_features :]
             eye = torch.eye(self.out_features, dtype=free.dtype, device=free.device)

@@ -11,7 +11,7 @@ use shiftkern_kernels::rotation::{
     BlockShape, Givens, LowRankShape, Topology, block_rotate, block_rotate_backward, cayley, givens, givens_backward,
     low_rank_rotate, low_rank_rotate_backward,
 };
-use shiftkern_kernels::simd::{Element, Real};
+use shiftkern_kernels::simd::Real;
 use shiftkern_kernels::{KernelError, Par};
 
 /// A dense matrix by rows.
