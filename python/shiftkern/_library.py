@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from shiftkern.errors import NotDifferentiableError
 
-__all__ = ["OPERATORS", "define", "first_order_only", "without_autocast"]
+__all__ = ["OPERATORS", "computing", "define", "first_order_only", "without_autocast"]
 
 _LIBRARY: Any = torch.library.Library("shiftkern", "DEF")  # type: ignore[no-untyped-call]
 
@@ -78,6 +78,11 @@ def _exactly(torch_ops: Callable[..., Any]) -> Callable[..., Any]:
             return torch_ops(*args)
 
     return wrapped
+
+
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that numbers of ``dtype`` are computed in: float32 for half types."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

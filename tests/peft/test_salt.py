@@ -186,3 +186,9 @@ def test_refuses_layers():
 @pytest.mark.parametrize("shape", [(8,), (0, 8), (1, 1, 8)])
 def test_shapes(shape):
     assert train(inject(mlp(), SALTConfig(rank=1)))(torch.ones(shape)).shape == (*shape[:-1], 8)
+
+
+def test_compiled():
+    model = train(inject(mlp(), SALTConfig(r=3, rank=2)))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(rows()), model(rows()))

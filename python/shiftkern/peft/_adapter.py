@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern._library import without_autocast
-from shiftkern.peft._kinds import Kind, Place, computed_in
+from shiftkern._library import computing, without_autocast
+from shiftkern.peft._kinds import Kind, Place
 
 __all__ = ["FORMAT", "METHODS", "WEIGHTED", "Adapter", "Base", "Config", "map_hidden", "names_of_modules", "register"]
 
@@ -189,7 +189,7 @@ def layer_parameters(layer: nn.Module, kind: Kind) -> tuple[Tensor, Tensor | Non
     """Return weight, as a matrix, and bias of a base layer in the type that merging computes in."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     assert isinstance(weight, Tensor)
-    dtype = computed_in(weight.dtype)
+    dtype = computing(weight.dtype)
     return kind.matrix(weight).to(dtype), None if bias is None else bias.to(dtype)
 
 

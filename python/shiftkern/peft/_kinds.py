@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["BLOCK", "Kind", "Place", "computed_in", "kind_of", "place_of"]
+from shiftkern._library import computing
+
+__all__ = ["BLOCK", "Kind", "Place", "kind_of", "place_of"]
 
 
 class Kind(ABC):
@@ -195,11 +197,6 @@ def is_transposed(layer: nn.Module) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") and hasattr(layer, "nf")
 
 
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which weights and adapters of a layer are computed and kept: float32 for half types."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @dataclass(frozen=True)
 class Place:
     """Where an adapter goes.
@@ -233,8 +230,8 @@ def place_of(name: str, layer: nn.Module, model: nn.Module) -> Place:
     # A block without parameters takes type and device from the model.
     first = next((p for m in (layer, model) for p in m.parameters() if p.is_floating_point()), torch.empty(0))
     if kind.name == "block":
-        return Place(name, layer, kind, 0, 0, computed_in(first.dtype), first.device)
+        return Place(name, layer, kind, 0, 0, computing(first.dtype), first.device)
     weight = layer.weight
     assert isinstance(weight, Tensor)
     rows, columns = kind.matrix(weight).shape
-    return Place(name, layer, kind, rows, columns, computed_in(weight.dtype), weight.device)
+    return Place(name, layer, kind, rows, columns, computing(weight.dtype), weight.device)

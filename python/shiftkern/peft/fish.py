@@ -14,9 +14,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from shiftkern import _checks
+from shiftkern._library import computing
 from shiftkern.peft._adapter import Adapter, Base, Config, register
 from shiftkern.peft._data import batches, examples
-from shiftkern.peft._kinds import Place, computed_in, kind_of
+from shiftkern.peft._kinds import Place, kind_of
 from shiftkern.peft._targets import find
 
 __all__ = ["FISHConfig", "fish_mask"]
@@ -308,7 +309,7 @@ def _squared_gradients(
 
     several = vmap(grad(alone), in_dims=(None, 0), randomness="different")
     at_once = max(1, _HELD // max(sum(value.numel() for value in values.values()), 1))
-    sums = {name: torch.zeros_like(value, dtype=computed_in(value.dtype)) for name, value in values.items()}
+    sums = {name: torch.zeros_like(value, dtype=computing(value.dtype)) for name, value in values.items()}
     seen = 0
     for batch, size in batches(op, data, quiet):
         start = 0

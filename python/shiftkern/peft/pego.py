@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern._library import first_order_only, without_autocast
+from shiftkern._library import computing, first_order_only, without_autocast
 from shiftkern.peft._adapter import Adapter, Base, Config, register
-from shiftkern.peft._kinds import Place, computed_in
+from shiftkern.peft._kinds import Place
 
 __all__ = ["PEGOConfig", "pego_penalty"]
 
@@ -228,4 +228,4 @@ class _PEGO(Adapter):
         # The weight of the base layer itself: other adapters are not what is to be preserved.
         own = base.layer.weight
         assert isinstance(own, Tensor)
-        return self.weight * pego_penalty(base.kind.matrix(own).detach().to(computed_in(own.dtype)), self.pairs())
+        return self.weight * pego_penalty(base.kind.matrix(own).detach().to(computing(own.dtype)), self.pairs())

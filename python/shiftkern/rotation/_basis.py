@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern._library import without_autocast
+from shiftkern._library import computing, without_autocast
 
-__all__ = ["Basis", "check_pair", "computing"]
+__all__ = ["Basis", "check_pair"]
 
 
 class Basis(nn.Module):
@@ -59,11 +59,6 @@ class Basis(nn.Module):
         for _ in range(1 if self.start.dtype == dtype or dtype == torch.float64 else 2):
             start = start @ (1.5 * eye - 0.5 * (start.mT @ start))
         return start
-
-
-def computing(dtype: torch.dtype) -> torch.dtype:
-    """The type that numbers of ``dtype`` are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_pair(op: str, base: Tensor, source: Tensor, like: Tensor) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern._library import without_autocast
-from shiftkern.rotation._basis import Basis, check_pair, computing
+from shiftkern._library import computing, without_autocast
+from shiftkern.rotation._basis import Basis, check_pair
 
 __all__ = ["BoundlessDAS"]
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shiftkern import _checks
-from shiftkern._library import without_autocast
-from shiftkern.rotation._basis import computing
+from shiftkern._library import computing, without_autocast
 
 __all__ = ["SandwichLinear", "SandwichNet"]
 
