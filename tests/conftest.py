@@ -15,6 +15,9 @@ from shiftkern import _runtime
 # The suite is imported from outside the source tree with --import-mode=importlib, which adds no folder by itself.
 sys.path.insert(0, str(Path(__file__).parent))
 
+# A project of its own: test_downstream.py runs its tests.
+collect_ignore = ["downstream"]
+
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
 settings.register_profile(
     "fast", max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=_SLOW_IS_FINE

@@ -36,7 +36,10 @@ def main() -> int:
         )
     kinds = [*fuzz.FINE, "defect"]
     print(f"\n{'':12}" + "".join(f"{kind:>13}" for kind in ("calls", *kinds)))
-    for package, counter in [*report.by_package().items(), ("all", sum(report.by_package().values(), start=fuzz.Counter()))]:
+    for package, counter in [
+        *report.by_package().items(),
+        ("all", sum(report.by_package().values(), start=fuzz.Counter())),
+    ]:
         numbers = [counter[kind] for kind in fuzz.FINE]
         total = sum(counter.values())
         print(f"{package:12}" + "".join(f"{number:>13}" for number in (total, *numbers, total - sum(numbers))))

@@ -1,11 +1,15 @@
 """The documents hold: examples run, links lead somewhere, public names are described."""
 
+import os
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from shiftkern import attention, merge, norm, ot, peft, rotation, tta
+from shiftkern import attention, merge, norm, ot, peft, rotation, testing, tta
 
 from helpers import process
 
@@ -74,6 +78,34 @@ def test_the_guide_to_norm_describes(public: str):
 @pytest.mark.parametrize("public", tta.__all__)
 def test_the_guide_to_tta_describes(public: str):
     assert re.search(rf"`{public}(?!\w)", (ROOT / "docs" / "guide-tta.md").read_text())
+
+
+def test_the_table_of_methods_is_that_of_the_library():
+    page = runpy.run_path(str(ROOT / "tools" / "methods_page.py"))["page"]()
+    assert (ROOT / "docs" / "methods.md").read_text() == page, "make docs writes it anew"
+
+
+@pytest.mark.parametrize("public", testing.__all__)
+def test_the_page_on_trust_describes(public: str):
+    assert re.search(rf"\b{public}\b", (ROOT / "docs" / "trust.md").read_text())
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        if page.parent.name == "docs" and page.stem != "index":
+            assert (tmp_path / page.stem / "index.html").exists()
 
 
 def test_paths_in_contributing_exist():

@@ -77,7 +77,7 @@ def non_negative(op: str, name: str, value: object) -> float:
 
 
 def integer(op: str, name: str, value: object, least: int) -> int:
-    """Return a whole number >= ``least``; floats and booleans are refused."""
+    """Return a whole number from ``least`` to 2**63 - 1; floats and booleans are refused."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
         refuse_type(op, name, f"an integer >= {least}", describe(value))
     try:
@@ -86,7 +86,22 @@ def integer(op: str, name: str, value: object, least: int) -> int:
         refuse_type(op, name, f"an integer >= {least}", describe(value))
     if result < least:
         refuse(op, name, f"an integer >= {least}", result)
+    if result >= 1 << 63:
+        refuse(op, name, "an integer below 2**63", result)
     return result
+
+
+def generator(op: str, name: str, value: object) -> torch.Generator | None:
+    """Return a generator, or None for none."""
+    if value is not None and not isinstance(value, torch.Generator):
+        refuse_type(op, name, "a torch.Generator", describe(value))
+    return value
+
+
+def process_group(op: str, name: str, value: object) -> None:
+    """Refuse what is no group of processes, nor None for all of them."""
+    if value is not None and not isinstance(value, torch.distributed.ProcessGroup):
+        refuse_type(op, name, "a torch.distributed.ProcessGroup", describe(value))
 
 
 def threshold(op: str, name: str, value: object) -> float | None:
@@ -103,10 +118,7 @@ def positive_int(op: str, name: str, value: object) -> int:
 
 def seed(op: str, name: str, value: object) -> int:
     """Return a whole number that a generator takes as seed."""
-    result = integer(op, name, value, 0)
-    if result >= 1 << 63:
-        refuse(op, name, "an integer below 2**63", result)
-    return result
+    return integer(op, name, value, 0)
 
 
 def flag(op: str, name: str, value: object) -> bool:
@@ -166,7 +178,12 @@ def optional_per_channel(op: str, name: str, value: Any, channels: int, device: 
 
 
 def writable(op: str, name: str, value: Tensor) -> None:
-    """Refuse a tensor several of whose elements share memory: writing to it is ambiguous."""
+    """Refuse a tensor several of whose elements share memory, or whose memory holds its negative."""
     if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         expected = "a tensor with memory of its own for each element"
         refuse(op, name, expected, f"an expanded one of strides {value.stride()}")
+    # A tracer cannot ask this; what it hands to operators has memory of its own.
+    if not torch.compiler.is_compiling() and value.is_neg():
+        refuse(
+            op, name, "a tensor whose memory holds its numbers", "a negative view, as of the imaginary part of conj()"
+        )

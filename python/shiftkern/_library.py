@@ -8,17 +8,21 @@ times as much per call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils import _pytree as pytree
 
+from shiftkern._checks import refuse
 from shiftkern.errors import NotDifferentiableError
 
-__all__ = ["OPERATORS", "computing", "define", "first_order_only", "without_autocast"]
+__all__ = ["OPERATORS", "computing", "define", "first_order_only", "save", "without_autocast"]
 
 _LIBRARY: Any = torch.library.Library("shiftkern", "DEF")  # type: ignore[no-untyped-call]
 
@@ -57,16 +61,17 @@ def define(
     _LIBRARY.impl(name, _refusing_tangents(name, rust), "CPU")
     _LIBRARY.impl(name, _refusing_tangents(name, _exactly(torch_ops)), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    operator = getattr(torch.ops.shiftkern, name).default
     if mutates:
-        _LIBRARY.impl(name, _refusing_gradients(name), "Autograd", with_keyset=True)
+        kernel = _refusing_gradients(name, operator)
+    elif backward is None:
+        kernel = _without_gradient(name, operator)
     else:
-        if backward is None:
-            torch.library.register_autograd(qualified, _refusal(name), lib=_LIBRARY)
-        else:
-            formula, context = first_order_only(name, backward), _noting_inputs(setup_context)
-            torch.library.register_autograd(qualified, formula, setup_context=context, lib=_LIBRARY)
+        kernel = _recording(operator, first_order_only(name, backward), setup_context)
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(qualified, _looped(name, operator, mutates), lib=_LIBRARY)
     OPERATORS.append(name)
-    return _direct(name, getattr(torch.ops.shiftkern, name).default, rust)
+    return _direct(name, operator, rust)
 
 
 def _exactly(torch_ops: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,48 +136,180 @@ def _direct(name: str, operator: Callable[..., Any], rust: Callable[..., Any]) -
     return call
 
 
-def _refusal(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotDifferentiableError(f"{name}: this operator has no gradient; call it under torch.no_grad()")
+def _below_autograd(operator: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    return backward
+
+class _OneLevel(_SingleLevelFunction):
+    """A function for one level of torch.func.grad."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def _apply(function: type[_OneLevel], *args: Any) -> Any:
+    """Apply a function within an autograd kernel.
+
+    Below torch.func.grad the dispatcher comes here once for each level, so a function of one level is what is needed;
+    those of ``torch.library.register_autograd`` would go through all levels, and fail.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)  # type: ignore[attr-defined]
+    with enable_single_level_autograd_function():
+        return function.apply(*args)  # type: ignore[attr-defined]
+
+
+def _recording(operator: Any, formula: Callable[..., Any], setup_context: Callable[..., None]) -> Callable[..., Any]:
+    """The autograd kernel of an operator with a gradient; its tensors are no lists."""
+
+    class Recorded(_OneLevel):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, keyset = args
+            output = _below_autograd(operator, keyset, tuple(inputs))
+            setup_context(ctx, tuple(inputs), output)
+            save(ctx, inputs, ctx.to_save or ())
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            results = formula(ctx, *gradients)
+            return (*results, None) if isinstance(results, tuple) else (results, None)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return _apply(Recorded, *args, keyset)
+        return _below_autograd(operator, keyset, args)
+
+    return kernel
+
+
+class _WithoutGradient(_OneLevel):
+    """What ``run`` returns; a gradient through it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, run: Callable[[], tuple[Tensor, ...]], *sources: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return run()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotDifferentiableError(f"{ctx.name}: this operator has no gradient; call it under torch.no_grad()")
+
+
+def _without_gradient(name: str, operator: Any) -> Callable[..., Any]:
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return _below_autograd(operator, keyset, args)
+        structure: list[Any] = []
+
+        def run() -> tuple[Tensor, ...]:
+            flat, spec = pytree.tree_flatten(_below_autograd(operator, keyset, args))
+            structure.append(spec)
+            return tuple(flat)
+
+        sources = (leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))
+        return pytree.tree_unflatten(_apply(_WithoutGradient, name, run, *sources), structure[0])
+
+    return kernel
+
+
+def _looped(name: str, operator: Any, mutates: tuple[int, ...]) -> Callable[..., Any]:
+    """The rule for torch.vmap: one instance after the other."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        flat, structure = pytree.tree_flatten(args)
+        dims = pytree.tree_leaves(in_dims)
+        if any(dim is None for i in mutates for dim in pytree.tree_leaves(in_dims[i])):
+            refuse(name, "in_dims", "an axis for each tensor that is written to", "a tensor for all instances at once")
+        if info.batch_size == 0:
+            refuse(name, "in_dims", "at least one instance to map over", "none")
+        results = []
+        for i in range(info.batch_size):
+            instance = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(flat, dims, strict=True)]
+            results.append(pytree.tree_flatten(operator(*pytree.tree_unflatten(instance, structure))))
+        leaves = [leaves for leaves, _ in results]
+        outputs = [None if parts[0] is None else torch.stack(parts) for parts in zip(*leaves, strict=True)]
+        axes = [None if output is None else 0 for output in outputs]
+        return pytree.tree_unflatten(outputs, results[0][1]), pytree.tree_unflatten(axes, results[0][1])
+
+    return rule
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     """The identity on the first ``count`` tensors; the gradient by any of its inputs raises."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
+    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotDifferentiableError(f"{ctx.name}: gradients of this operator are first-order only")
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotDifferentiableError(f"{ctx.name}: gradients of this operator have no forward-mode derivative")
 
-def _noting_inputs(setup_context: Callable[..., None]) -> Callable[..., None]:
-    """Keep the differentiable inputs at hand, for :func:`first_order_only`."""
 
-    def wrapped(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.differentiable = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-        setup_context(ctx, inputs, output)
+def save(ctx: Any, inputs: Iterable[Any], tensors: Iterable[Tensor | None]) -> None:
+    """Save tensors for a formula that is :func:`first_order_only`, and what else its results depend on.
 
-    return wrapped
+    Of the latter only the place in the graph is kept: to hold on to the tensors would take their purpose from
+    checkpoints and offloading, to save them would forbid to write to them.
+    """
+    tensors = tuple(tensors)
+    differentiable = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    rest = [t for t in differentiable if all(t is not s for s in tensors)]
+    ctx.sources = [t for t in rest if t.is_leaf]
+    # What is compiled has no second derivative anyway.
+    if len(rest) > len(ctx.sources) and not torch.compiler.is_compiling():
+        with torch.enable_grad():
+            ctx.sources.append(_apply(_Place, *(t for t in rest if not t.is_leaf)))
+    ctx.save_for_backward(*tensors)
+
+
+class _Place(_OneLevel):
+    """A tensor of nothing, with the inputs behind it in the graph; no gradient ever comes through."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return tensors[0].new_empty(0)
+
+
+class _Context:
+    """A context whose tensors are unpacked already: checkpoints refuse to do it a second time."""
+
+    def __init__(self, ctx: Any, saved: tuple[Any, ...]) -> None:
+        self._ctx, self.saved_tensors = ctx, saved
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 def first_order_only(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a second derivative raise; without this its terms would be missing silently."""
+    """Make a second derivative raise; without this its terms would be missing silently.
+
+    The tensors of the context come from :func:`save`.
+    """
 
     def wrapped(ctx: Any, *gradients: Any) -> Any:
+        # After torch.func.vjp has returned, what was saved below it has to be taken out of its wrapper.
+        saved = tuple(t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors)
         with torch.no_grad():
-            results = backward(ctx, *gradients)
+            results = backward(_Context(ctx, saved), *gradients)
         results = (results,) if isinstance(results, Tensor) else results
         if not torch.is_grad_enabled():
             return results
         # create_graph=True: the results depend on these tensors in a way that cannot be differentiated.
         found = [i for i, r in enumerate(results) if r is not None]
-        sources = [*ctx.differentiable, *(g for g in gradients if g is not None)]
+        sources = [t for t in (*saved, *ctx.sources, *gradients) if t is not None]
         tied = _NoSecondDerivative.apply(name, len(found), *(results[i] for i in found), *sources)
         return tuple(tied[found.index(i)] if i in found else None for i in range(len(results)))
 
@@ -184,8 +321,16 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     if forward_ad._current_level >= 0:
         for argument in args:
             for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
-                if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+                if isinstance(tensor, Tensor) and _has_tangent(tensor):
                     raise NotDifferentiableError(f"{name}: this operator has no forward-mode derivative")
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        # Forward mode around vmap, as in torch.func.hessian: torch cannot tell.
+        return True
 
 
 def _refusing_tangents(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,16 +355,13 @@ def _noting_writes(implementation: Callable[..., Any], mutates: tuple[int, ...])
     return wrapped
 
 
-def _refusing_gradients(name: str) -> Callable[..., Any]:
+def _refusing_gradients(name: str, operator: Any) -> Callable[..., Any]:
     def wrapped(keyset: Any, *args: Any) -> Any:
         flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
         if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in flat):
             raise NotDifferentiableError(
                 f"{name}: this in-place operator has no gradient; call it under torch.no_grad()"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.shiftkern, name).default.redispatch(
-                keyset & torch._C._after_autograd_keyset, *args
-            )
+        return _below_autograd(operator, keyset, args)
 
     return wrapped

@@ -294,9 +294,7 @@ def token_shift_backward(
     gradients: tuple[View, View | None, View],
     threads: int,
 ) -> None: ...
-def givens(
-    x: View, parameters: View, width: int, options: tuple[str, bool, bool], y: View, threads: int
-) -> None: ...
+def givens(x: View, parameters: View, width: int, options: tuple[str, bool, bool], y: View, threads: int) -> None: ...
 def givens_backward(
     inputs: tuple[View, View, View],
     width: int,

@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_merge(commands)
     _add_methods(commands)
+    _add_bench(commands)
     _add_info(commands)
     return parser
 
@@ -231,12 +232,12 @@ def _demo_finetune(args: argparse.Namespace) -> int:
     return show(options, args.out)
 
 
-def _missing(error: ModuleNotFoundError) -> int:
-    """Name the optional package that a demo lacks; anything else that is missing is a fault of ours."""
+def _missing(error: ModuleNotFoundError, command: str = "demo") -> int:
+    """Name the optional package that a command lacks; anything else that is missing is a fault of ours."""
     package = (error.name or "").partition(".")[0]
     if package not in _DEMO_PACKAGES:
         raise error
-    return _fail(f"the demo needs {package}: pip install 'shiftkern[demo]'", 2)
+    return _fail(f"the {command} needs {package}: pip install 'shiftkern[demo]'", 2)
 
 
 def _add_merge(commands: Commands) -> None:
@@ -305,6 +306,40 @@ def _methods(args: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _add_bench(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time some kernels of each family beside plain torch on this machine",
+        description="Time some kernels of each family beside the same work in torch operations, in turn, and print "
+        "medians and ratios. Both sides must agree first. Takes about half a minute; --quick some seconds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="how often each side is timed, at least 5")
+    parser.add_argument("--threads", type=int, metavar="N", help="for both sides; default: what torch uses")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.set_defaults(run=_bench, parser=parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import torch
+
+    import shiftkern
+    from shiftkern.bench import show
+
+    if args.rounds < 5:
+        args.parser.error(f"argument --rounds: expected at least 5, got {args.rounds}")
+    if args.threads is not None:
+        try:
+            shiftkern.set_num_threads(args.threads)
+        except shiftkern.ArgumentError as error:
+            args.parser.error(str(error))
+        torch.set_num_threads(args.threads)
+    try:
+        return show(args.quick, args.rounds)
+    except ModuleNotFoundError as error:
+        return _missing(error, "bench")
 
 
 def _add_info(commands: Commands) -> None:

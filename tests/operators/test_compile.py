@@ -190,7 +190,10 @@ class _Assigner(nn.Module):
         return ot.sinkhorn_assign(scores.detach()), result.value, result.plan()
 
 
-@pytest.mark.parametrize("strict", [False, True])
+# torch 2.6 does not find the sizes of what an autograd function gets there.
+@pytest.mark.parametrize(
+    "strict", [False, pytest.param(True, marks=pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6"))]
+)
 def test_exported_transport_equals_eager(strict):
     torch.manual_seed(0)
     model = _Assigner()

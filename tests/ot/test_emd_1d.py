@@ -82,7 +82,7 @@ def test_equals_scipy(n: int, m: int, seed: int, zeros: bool):
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_equals_pot(p: int):
-    ot = pytest.importorskip("ot")
+    ot = pytest.importorskip("ot", minversion="0.9")
     x, y, a, b = problem(50, 37, zeros=True)
     want = ot.emd2_1d(x.numpy(), y.numpy(), a.numpy(), b.numpy(), metric="minkowski", p=p)
     assert math.isclose(emd_1d(x, y, a, b, p=p), want, rel_tol=1e-10)

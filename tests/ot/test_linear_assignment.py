@@ -62,7 +62,7 @@ def test_invariants(n: int, seed: int):
 
 
 def test_equals_exact_transport():
-    ot = pytest.importorskip("ot")
+    ot = pytest.importorskip("ot", minversion="0.9")
     C = costs(30, 30)
     rows, cols = linear_assignment(C)
     weights = np.full(30, 1 / 30)

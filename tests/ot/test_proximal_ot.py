@@ -82,7 +82,7 @@ def test_value_is_that_of_the_linear_programme(kind, n, m, seed):
 
 @pytest.mark.parametrize("kind", ["random", "points"])
 def test_value_agrees_with_pot(kind):
-    ot = pytest.importorskip("ot")
+    ot = pytest.importorskip("ot", minversion="0.9")
     a, b, M = problem(40, 30, 3, kind=kind)
     best = ot.emd2(a.numpy(), b.numpy(), M.numpy())
     result = proximal_ot(a, b, M, tol=1e-4, n_iter=20_000)

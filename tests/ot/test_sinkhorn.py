@@ -107,7 +107,7 @@ def test_costs_of_any_sign_and_offset(dtype: type, offset: float):
 @pytest.mark.parametrize("reg", [0.5, 0.05, 0.01])
 @pytest.mark.parametrize("method", METHODS)
 def test_agrees_with_pot(reg: float, method: str):
-    pot = pytest.importorskip("ot")
+    pot = pytest.importorskip("ot", minversion="0.9")
     a, b, M = problem(40, 30, seed=3)
     want = pot.sinkhorn(a, b, M, reg, method="sinkhorn_log", numItermax=20_000, stopThr=1e-13)
     result = sinkhorn(a, b, M, reg, method=method, max_iter=20_000, tol=1e-12)

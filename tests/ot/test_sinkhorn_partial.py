@@ -39,7 +39,7 @@ def test_iterates_are_those_of_the_plain_loop(dtype: type, order: str, method: s
 @pytest.mark.parametrize("order", ["fg", "gf"])
 @pytest.mark.parametrize("method", ["log", "scaling"])
 def test_agrees_with_pot(mass: float, order: str, method: str):
-    pot = pytest.importorskip("ot")
+    pot = pytest.importorskip("ot", minversion="0.9")
     a, b, M = problem(12, 10, 3)
     b = 1.2 * b
     # POT's entropy is sum P log P: the weights of the reference a b^T go into its costs.

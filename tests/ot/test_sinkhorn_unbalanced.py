@@ -72,7 +72,7 @@ def test_iterates_are_those_of_the_plain_loop(dtype: type, kind: str, pair, orde
 @pytest.mark.parametrize("reg", [0.05, 0.5])
 @pytest.mark.parametrize("order", ["fg", "gf"])
 def test_agrees_with_pot(rho: float, reg: float, order: str):
-    pot = pytest.importorskip("ot")
+    pot = pytest.importorskip("ot", minversion="0.9")
     a, b, M = problem(12, 9, 3)
     a = 1.5 * a
     # reg_type="kl" is the divergence from a b^T, as here.

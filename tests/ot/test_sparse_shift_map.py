@@ -35,7 +35,7 @@ def transport(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def w2(x: np.ndarray, y: np.ndarray) -> float:
-    ot = pytest.importorskip("ot")
+    ot = pytest.importorskip("ot", minversion="0.9")
     return float(ot.emd2([], [], ot.dist(x, y)))
 
 

@@ -162,7 +162,7 @@ def test_without_transport_and_pruning_it_is_ridge_regression():
 
 
 def test_plans_are_optimal_by_pot():
-    ot = pytest.importorskip("ot")
+    ot = pytest.importorskip("ot", minversion="0.9")
     X, dense = problem(25, 8, 1)
     uniform = np.full(25, 1 / 25)
     for reg in (0.5, None):

@@ -8,7 +8,7 @@ from shiftkern.peft import BOFTConfig, HRAConfig, IA3Config, LoRAConfig, OFTConf
 
 from helpers.peft import cnn, mlp, pictures, rows, train
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", minversion="0.21")
 D = torch.float64
 
 

@@ -13,7 +13,7 @@ from shiftkern.peft import ETHERConfig, GOFTConfig, hf
 
 from helpers.peft import cnn, mlp, pictures, rows
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", minversion="0.21")
 transformers = pytest.importorskip("transformers")
 
 METHODS = [

@@ -10,8 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from shiftkern import ArgumentError, ArgumentTypeError
 from shiftkern.peft import (
     BitFitConfig,
+    HoulsbyConfig,
     IA3Config,
     LoRAConfig,
+    MaskTuningConfig,
     SSFConfig,
     adapted_layers,
     delete_adapter,
@@ -334,3 +336,12 @@ def test_integers_in_a_module_trained_in_full():
     copied = model.classifier.copies["default"]
     assert copied.weight.requires_grad
     assert not copied.levels.requires_grad
+
+
+def test_an_adapter_that_needs_the_weight_on_one_that_is_no_change_of_weights():
+    model = inject(mlp(), HoulsbyConfig(bottleneck=2, target_modules=FIRST), "block")
+    inject(model, MaskTuningConfig(target_modules=FIRST), "mask")
+    with pytest.raises(ArgumentError, match=r"a change of weights below.*got Houlsby"):
+        model(rows())
+    set_adapter(model, ["mask", "block"])
+    assert model(rows()).isfinite().all()

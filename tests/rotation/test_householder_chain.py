@@ -247,7 +247,7 @@ def test_inference_mode():
 
 @pytest.mark.parametrize("orthogonalize", [False, True])
 def test_agrees_with_peft(orthogonalize: bool):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion="0.21")
     config = peft.HRAConfig(r=4, apply_GS=orthogonalize, init_weights=False, target_modules=["0"])
     model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(9, 3, bias=False)).double(), config).double()
     layer = model.base_model.model[0]

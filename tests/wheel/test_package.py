@@ -21,7 +21,7 @@ MODULES = sorted(
 )
 #: The packages whose ``__all__`` is the public API.
 PUBLIC = ["shiftkern", "shiftkern.errors", "shiftkern.methods"]
-PUBLIC += [f"shiftkern.{name}" for name in ("attention", "merge", "norm", "ot", "peft", "rotation", "tta")]
+PUBLIC += [f"shiftkern.{name}" for name in ("attention", "merge", "norm", "ot", "peft", "rotation", "testing", "tta")]
 
 
 def public_objects():
@@ -107,7 +107,8 @@ def test_classes_of_the_domains_have_examples(name, value):
 
 def test_import_adds_little_to_that_of_torch():
     script = """
-                import torch
+        import time
+        import torch
         start = time.process_time()
         import shiftkern
         print(time.process_time() - start)
@@ -123,7 +124,7 @@ def test_import_starts_no_thread_and_needs_no_extra():
         before = threading.active_count()
         import shiftkern
         assert threading.active_count() == before
-        heavy = {"sklearn", "matplotlib", "rich", "scipy"} & set(sys.modules)
+        heavy = {"sklearn", "matplotlib", "rich", "scipy", "hypothesis"} & set(sys.modules)
         print(heavy or "none")
     """
     assert output(script) == "none"
@@ -132,7 +133,7 @@ def test_import_starts_no_thread_and_needs_no_extra():
 def test_import_is_light_and_registers_every_operator():
     script = """
     import sys, torch, shiftkern
-    loaded = [name for name in ("attention", "merge", "norm", "ot", "peft", "rotation", "tta")
+    loaded = [name for name in ("attention", "merge", "norm", "ot", "peft", "rotation", "testing", "tta")
               if f"shiftkern.{name}" in sys.modules]
     print(loaded, len(shiftkern._library.OPERATORS))
     print(shiftkern.rotation.givens_rotate.__name__, "rotation" in dir(shiftkern))

@@ -75,6 +75,8 @@ def entmax(x: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
 class _Entmax(torch.autograd.Function):
     """Along the last axis, for alpha > 1."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, alpha: float) -> Tensor:
         # With the largest at 0, tau is in [-1, 0): what lies below -1 has probability 0 and need not be told apart.

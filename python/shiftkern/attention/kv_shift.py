@@ -173,5 +173,6 @@ def kv_shift_init(heads: int, *, generator: torch.Generator | None = None, **opt
     tensor([1., 1., 1., 1.])
     """
     heads = _checks.positive_int("kv_shift_init", "heads", heads)
+    _checks.generator("kv_shift_init", "generator", generator)
     first = torch.rand(heads, 1, generator=generator, **options)
     return torch.cat([first, 1.0 - first], 1)

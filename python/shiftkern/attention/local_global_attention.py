@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern._library import first_order_only, without_autocast
+from shiftkern._library import first_order_only, save, without_autocast
 from shiftkern.attention.sparse_attention import check_heads
 
 __all__ = ["LocalGlobalAttention", "local_global_attention"]
@@ -110,8 +110,7 @@ def local_global_attention(
     dropout = _checks.fraction(op, "dropout", dropout)
     if dropout == 1.0:
         _checks.refuse(op, "dropout", "a number below 1", dropout)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        _checks.refuse_type(op, "generator", "a torch.Generator", _checks.describe(generator))
+    _checks.generator(op, "generator", generator)
     if dropout > 0.0 and generator is None:
         _checks.refuse(op, "generator", "a torch.Generator, as dropout > 0", generator)
     if budget is None:
@@ -219,12 +218,7 @@ class _LocalGlobal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, key_mask: Tensor | None, tiles: _Tiles
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, gate_logits, key_mask)
-        ctx.tiles = tiles
-        ctx.differentiable = [t for t in (q, k, v, gate_logits) if t.requires_grad]
+    def forward(q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, key_mask: Tensor | None, tiles: _Tiles) -> Tensor:
         out = v.new_empty(*q.shape[:2], v.shape[2])
         for number, tile in tiles(q):
             i = tile[0]
@@ -237,6 +231,11 @@ class _LocalGlobal(torch.autograd.Function):
                 weights *= kept
             out[tile] = weights @ v[i]
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, (), inputs[:5])
+        ctx.tiles = inputs[5]
 
     backward = staticmethod(first_order_only("local_global_attention", _gradients))
 

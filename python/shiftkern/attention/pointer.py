@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
-from shiftkern._library import first_order_only, without_autocast
+from shiftkern._library import first_order_only, save, without_autocast
 
 __all__ = ["pointer"]
 
@@ -160,13 +160,15 @@ class _AdditiveScores(torch.autograd.Function):
     """``v . tanh(input + query)`` for all pairs, tile by tile, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, queries: Tensor, v: Tensor, cells: int) -> Tensor:
-        ctx.save_for_backward(inputs, queries, v)
-        ctx.cells = cells
-        ctx.differentiable = [t for t in (inputs, queries, v) if t.requires_grad]
+    def forward(inputs: Tensor, queries: Tensor, v: Tensor, cells: int) -> Tensor:
         out = v.new_empty(*queries.shape[:2], inputs.shape[1])
         for b, t, j in _tiles(out.shape, cells):
             out[b, t, j] = (inputs[b, None, j] + queries[b, t, None]).tanh_() @ v
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, (), inputs[:3])
+        ctx.cells = inputs[3]
 
     backward = staticmethod(first_order_only("pointer", _gradients))

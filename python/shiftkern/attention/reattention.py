@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -276,7 +277,9 @@ def reattention_step(
     rho = share = lse_rest = None
     if mode == "rho":
         rho = state.rho + ramp * state.steps if ramp and state.steps else state.rho
-        rho, share = rho if bound is None else rho.clamp(max=bound), state.share
+        if bound is not None:
+            rho = rho.clamp(max=min(bound, torch.finfo(rho.dtype).max))
+        share = state.share
     elif mode == "merge":
         lse_rest = state.lse_rest
     out: Tensor = _ops.reattention_step(q, k, v, carried, rho, share, lse_rest, *spread)

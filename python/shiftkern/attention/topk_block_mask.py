@@ -96,6 +96,7 @@ def topk_block_mask(
         mean_q, mean_k = _means(q, sides[0]), _means(k, sides[1])
         scores = mean_q @ mean_k.repeat_interleave(heads // k.shape[1], 1).mT
     rows, cols = scores.shape[2:]
+    local = min(local, rows + cols)  # all of them; larger numbers have no room in an index
     if bool(scores.isnan().any()):
         _checks.refuse(op, "q", "block means of queries and keys whose products are no NaN", "NaN")
 

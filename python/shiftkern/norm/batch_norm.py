@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 import torch
@@ -393,7 +394,7 @@ class DecayBatchNorm(BatchNormReplacement):
     def forward(self, x: Tensor) -> Tensor:
         """Update the statistics by the batch ``(N, C, *spatial)`` and normalise it by them."""
         # The weight of the past in this step; a Python number, so the step counter is read once per call.
-        eta = self.eta0 * float(torch.exp(-(self.step.double() + 1.0)))
+        eta = self.eta0 * math.exp(-(self.step.item() + 1.0))
         arguments = _arguments(
             "DecayBatchNorm",
             x,

@@ -13,6 +13,8 @@ from shiftkern.errors import ShiftkernError
 
 __all__ = ["Moments", "all_reduce_moments", "channel_moments", "merge_moments"]
 
+_COUNTS = (*_checks.FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -47,7 +49,9 @@ class Moments:
         if not isinstance(self.count, Tensor):
             count = torch.tensor(_checks.non_negative("Moments", "count", self.count), dtype=torch.float64)
             object.__setattr__(self, "count", count.to(self.mean.device))
-        elif not self.count.is_floating_point():
+            return
+        _checks.tensor("Moments", "count", self.count, dtypes=_COUNTS, device=self.mean.device)
+        if not self.count.is_floating_point():
             object.__setattr__(self, "count", self.count.to(torch.float64))
 
     def var(self, unbiased: bool = False) -> Tensor:
@@ -137,8 +141,10 @@ def channel_moments(x: Tensor, *, dim: int = 1, mask: Tensor | None = None, per_
 
 def _broadcasts(count: Tensor, mean: Tensor) -> bool:
     """Whether ``count`` fits ``mean`` without making it larger."""
-    fits = all(c in (1, m) for c, m in zip(reversed(count.shape), reversed(mean.shape), strict=False))
-    return fits and count.dim() <= mean.dim()
+    if count.dim() > mean.dim():
+        return False
+    last = mean.shape[mean.dim() - count.dim() :]
+    return all(c in (1, m) for c, m in zip(count.shape, last, strict=True))
 
 
 def _check_moments(op: str, name: str, m: object) -> Moments:
@@ -230,6 +236,7 @@ def all_reduce_moments(m: Moments, group: torch.distributed.ProcessGroup | None 
     _check_moments(op, "m", m)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ShiftkernError(f"{op}: torch.distributed is not initialised: call init_process_group first")
+    _checks.process_group(op, "group", group)
     with torch.no_grad():
         present = m.count > 0
         # One message holds both; nothing of a rank without data may turn into NaN.

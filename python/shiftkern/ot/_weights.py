@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,11 @@ __all__ = ["check_weights", "weights_or_none"]
 
 def weights_or_none(weights: Any) -> Any:
     """None for None and for anything empty, which POT takes for uniform weights."""
-    empty = weights.numel() == 0 if isinstance(weights, Tensor) else hasattr(weights, "__len__") and len(weights) == 0
-    return None if empty else weights
+    if isinstance(weights, Tensor):
+        return None if weights.numel() == 0 else weights
+    # An array without dimensions has a method __len__, which raises.
+    sized = not isinstance(weights, np.ndarray) or weights.ndim > 0
+    return None if sized and hasattr(weights, "__len__") and len(weights) == 0 else weights
 
 
 def check_weights(op: str, name: str, weights: Any, size: int, device: torch.device) -> Tensor:

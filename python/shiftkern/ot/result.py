@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shiftkern import _checks, _native
 from shiftkern._crossing import accept, threads, view
-from shiftkern._library import first_order_only
+from shiftkern._library import first_order_only, save
 from shiftkern._ops import ot as ops
 from shiftkern._rows import unit_rows
 
@@ -82,11 +82,14 @@ class _Tied(torch.autograd.Function):
     """Zeros like ``zero``, one for each problem, whose gradients by some tensors are the slopes that follow them."""
 
     @staticmethod
-    def forward(ctx: Any, zero: Tensor, *tensors: Tensor) -> Tensor:
-        half = len(tensors) // 2
-        ctx.differentiable = list(tensors[:half])
-        ctx.save_for_backward(*tensors[half:])
+    def forward(zero: Tensor, *tensors: Tensor) -> Tensor:
         return zero.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, *tensors = inputs
+        half = len(tensors) // 2
+        save(ctx, tensors[:half], tensors[half:])
 
     backward = staticmethod(first_order_only("sinkhorn", _tied_backward))
 

@@ -346,7 +346,8 @@ def sinkhorn_samples(
         for name, points in (("X", X), ("Y", Y)):
             if not bool(points.isfinite().all()):
                 _checks.refuse(op, name, "finite values", "others")
-        reach = float(X.detach().abs().max().double() + Y.detach().abs().max().double()) ** 2 * X.shape[1]
+        side = float(X.detach().abs().max().double() + Y.detach().abs().max().double())
+        reach = side * side * X.shape[1]  # a power would raise where a product is infinite
         if cost != "cosine" and reach > torch.finfo(X.dtype).max:
             _checks.refuse(op, "X", f"squared distances to Y within the range of {X.dtype}", f"up to {reach:.3g}")
         if cost != "cosine" and (reach if cost == "sqeuclidean" else math.sqrt(reach)) / reg > torch.finfo(X.dtype).max:

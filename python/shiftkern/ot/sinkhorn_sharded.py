@@ -131,6 +131,7 @@ def sinkhorn_sharded(
     op = "sinkhorn_sharded"
     if not (dist.is_available() and dist.is_initialized()):
         raise ShiftkernError(f"{op}: torch.distributed is not initialised; call torch.distributed.init_process_group")
+    _checks.process_group(op, "group", group)
     try:
         a, b, M = _checked(op, a, b, M)
         reg = _checks.positive(op, "reg", reg)

@@ -97,8 +97,11 @@ class WCoRDCritic(nn.Module):
             No float tensors.
         """
         op = "WCoRDCritic"
+        held = next(self.parameters())
+        cast = torch.amp.is_autocast_available(held.device.type) and torch.is_autocast_enabled(held.device.type)
+        dtypes = _checks.FLOATS if cast else (held.dtype,)
         for name, x, size in (("student", student, self.student_dim), ("teacher", teacher, self.teacher_dim)):
-            _checks.tensor(op, name, x, min_dim=1)
+            _checks.tensor(op, name, x, min_dim=1, dtypes=dtypes, device=held.device)
             if x.shape[-1] != size:
                 _checks.refuse(op, name, f"shape (*, {size})", f"shape {tuple(x.shape)}")
         if student.shape[:-1] != teacher.shape[:-1]:

@@ -169,6 +169,9 @@ class Base:
         """Return weight (out, in) and bias as the adapters below leave them, float32 for half types."""
         weight, bias = layer_parameters(self.layer, self.kind)
         for adapter in self.adapters:
+            if not adapter.mergeable:
+                expected = "a change of weights below an adapter that needs the layer's weight (see set_adapter)"
+                _checks.refuse("AdaptedLayer", "adapters", expected, type(adapter).__name__.lstrip("_"))
             weight, bias = adapter.merge(weight, bias)
         return weight, bias
 

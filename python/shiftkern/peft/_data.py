@@ -23,7 +23,7 @@ def batches(op: str, data: Any, quiet: bool) -> Iterator[tuple[Any, int]]:
     with tqdm(unit="example", desc=op, disable=quiet) as bar:
         for batch in data:
             leaves = pytree.tree_leaves(batch)
-            sizes = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
+            sizes = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_nested}
             if len(sizes) != 1 or not all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
                 expected = "batches of tensors whose first dimension is the same number of examples"
                 _checks.refuse(op, "data", expected, ", ".join(map(_checks.describe, leaves)) or "an empty batch")

@@ -68,7 +68,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str 
     injected(op, model)
     names = names_of(model)
     if adapter_name is not None:
-        if adapter_name not in names:
+        if not isinstance(adapter_name, str) or adapter_name not in names:
             _checks.refuse(op, "adapter_name", f"one of {', '.join(map(repr, names))}", repr(adapter_name))
         names = [adapter_name]
     folder = _path(op, directory)

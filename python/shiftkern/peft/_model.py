@@ -178,6 +178,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     >>> list(adapted_layers(model)), adapted_layers(model)["0"].active
     (['0'], ['default'])
     """
+    _module("adapted_layers", model)
     return {s.name: s.module for s in base_slots(model) if isinstance(s.module, AdaptedLayer)}
 
 
@@ -772,5 +773,5 @@ def check_name(op: str, name: Any) -> None:
 
 def _known_name(op: str, model: nn.Module, name: Any, argument: str = "adapter_name") -> None:
     names = names_of(model)
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         _checks.refuse(op, argument, f"one of {', '.join(map(repr, names))}", repr(name))

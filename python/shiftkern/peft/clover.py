@@ -378,7 +378,7 @@ class CLOVERConfig(Config):
             if not (isinstance(value, str) and value) and not (name == "fused" and value is None):
                 _checks.refuse_type(op, name, "the end of a module's name", _checks.describe(value))
         self._set(heads=heads, kv_heads=kv_heads, rotary=rotary)
-        if self.target_modules == "projections":
+        if isinstance(self.target_modules, str) and self.target_modules == "projections":
             self._set(target_modules=tuple(dict.fromkeys(self._roles().values())))
         super().__post_init__()
 

@@ -125,11 +125,14 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, projection: _Projection, transposed: bool) -> Tensor:
-        ctx.projection, ctx.transposed = projection, transposed
+    def forward(v: Tensor, projection: _Projection, transposed: bool) -> Tensor:
         # Gradients may be asked for where autocast is on.
         with without_autocast(v.device):
             return projection.back(v) if transposed else projection.times(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.projection, ctx.transposed = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

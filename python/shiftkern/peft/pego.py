@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shiftkern import _checks
-from shiftkern._library import computing, first_order_only, without_autocast
+from shiftkern._library import computing, first_order_only, save, without_autocast
 from shiftkern.peft._adapter import Adapter, Base, Config, register
 from shiftkern.peft._kinds import Place
 
@@ -122,8 +122,7 @@ class _MagnitudeSum(torch.autograd.Function):
                 for_left[first : first + height] = signs @ right
             if for_right is not None:
                 for_right.addmm_(signs.mT, band)
-        ctx.save_for_backward(for_left, for_right)
-        ctx.differentiable = [t for t, wanted in zip((left, right), ctx.needs_input_grad, strict=True) if wanted]
+        save(ctx, (left, right), (for_left, for_right))
         return total.to(left.dtype)
 
     backward = staticmethod(first_order_only("pego_penalty", _slopes))

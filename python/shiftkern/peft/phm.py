@@ -97,6 +97,8 @@ class PHMLinear(nn.Module):
         else:
             generator.manual_seed(_checks.seed(op, "seed", seed))
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in _checks.FLOATS:
+            _checks.refuse_type(op, "dtype", "float32, float64, float16 or bfloat16", _checks.describe(dtype))
         spread = math.sqrt(2 / (self.in_features + self.out_features))
         a, s = _start(self.n, self.in_features, self.out_features, spread, generator)
         self.A = nn.Parameter(a.to(device=device, dtype=dtype))
@@ -106,7 +108,8 @@ class PHMLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        cast = torch.is_autocast_enabled(x.device.type) if isinstance(x, Tensor) else False
+        device = x.device.type if isinstance(x, Tensor) else "cpu"
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         _checks.tensor("PHMLinear", "x", x, min_dim=1, dtypes=_checks.FLOATS if cast else (self.A.dtype,))
         if x.shape[-1] != self.in_features:
             _checks.refuse("PHMLinear", "x", f"shape (..., {self.in_features})", f"shape {tuple(x.shape)}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from shiftkern import _checks
-from shiftkern._library import first_order_only
+from shiftkern._library import first_order_only, save
 
 __all__ = ["ReversibleBlock", "ReversibleSequence", "meft_block", "reversible_sequence"]
 
@@ -237,7 +237,7 @@ def reversible_sequence(
 
 
 def _blocks(op: str, blocks: Iterable[nn.Module]) -> list[ReversibleBlock]:
-    if not isinstance(blocks, Iterable):
+    if isinstance(blocks, Tensor) or not isinstance(blocks, Iterable):
         _checks.refuse_type(op, "blocks", "reversible blocks", _checks.describe(blocks))
     chain = []
     for i, block in enumerate(blocks):
@@ -368,8 +368,7 @@ class _Reversible(torch.autograd.Function):
                 y1, y2 = y2, y1
             ctx.states.append((before_f, before_g))
         ctx.chain, ctx.first, ctx.kept_at, ctx.trained = chain, first, kept_at, trained
-        ctx.differentiable = [t for t in (x1, x2, *trained) if t.requires_grad]
-        ctx.save_for_backward(*kept, y1, y2)
+        save(ctx, (x1, x2, *trained), (*kept, y1, y2))
         return y1, y2
 
     backward = staticmethod(first_order_only("reversible_sequence", _backward))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shiftkern import _checks
-from shiftkern._library import without_autocast
+from shiftkern._library import first_order_only, save, without_autocast
 
 __all__ = ["polar"]
 
@@ -57,35 +57,39 @@ def polar(M: Tensor) -> Tensor:
     if not bool(M.isfinite().all()):
         _checks.refuse(op, "M", "finite values", "NaN or infinities")
     with without_autocast(M.device):
-        factor: Tensor = _Polar.apply(op, wide)
+        factor: Tensor = _Polar.apply(op, wide)[0]
     return factor.to(M.dtype)
+
+
+def _slopes(ctx: Any, grad: Tensor, *_: Any) -> tuple[None, Tensor]:
+    U, s, Vh = ctx.saved_tensors
+    with without_autocast(grad.device):
+        # In the bases of M: the skew part divided by s_i + s_j, and what leaves the span divided by s.
+        inner = U.mT @ grad @ Vh.mT
+        turned = (inner - inner.mT) / (s.unsqueeze(-1) + s.unsqueeze(-2))
+        result = U @ turned @ Vh
+        rest = grad - U @ (U.mT @ grad)
+        result = result + (rest @ Vh.mT / s.unsqueeze(-2)) @ Vh
+        rest = grad - (grad @ Vh.mT) @ Vh
+        result = result + U @ ((U.mT @ rest) / s.unsqueeze(-1))
+    return None, result
 
 
 class _Polar(torch.autograd.Function):
     """The factor with its own derivative: ``dP = U (W / (s_i + s_j)) V^T + ...``, without differences of ``s``."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, M: Tensor) -> Tensor:
+    def forward(op: str, M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         U, s, Vh = torch.linalg.svd(M, full_matrices=False)
         if s.numel() > 0:
             smallest = s[..., -1] / s[..., 0].clamp_min(torch.finfo(s.dtype).tiny)
             if bool((smallest <= max(M.shape[-2:]) * torch.finfo(s.dtype).eps).any()):
                 _checks.refuse(op, "M", "matrices of full rank", f"a smallest singular value of {float(s.min()):.3g}")
-        ctx.save_for_backward(U, s, Vh)
-        factor: Tensor = U @ Vh
-        return factor
+        return U @ Vh, U, s, Vh
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        U, s, Vh = ctx.saved_tensors
-        with without_autocast(grad.device):
-            # In the bases of M: the skew part divided by s_i + s_j, and what leaves the span divided by s.
-            inner = U.mT @ grad @ Vh.mT
-            turned = (inner - inner.mT) / (s.unsqueeze(-1) + s.unsqueeze(-2))
-            result = U @ turned @ Vh
-            rest = grad - U @ (U.mT @ grad)
-            result = result + (rest @ Vh.mT / s.unsqueeze(-2)) @ Vh
-            rest = grad - (grad @ Vh.mT) @ Vh
-            result = result + U @ ((U.mT @ rest) / s.unsqueeze(-1))
-        return None, result
+    def setup_context(ctx: Any, inputs: tuple[str, Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        save(ctx, inputs, output[1:])
+
+    backward = staticmethod(first_order_only("polar", _slopes))

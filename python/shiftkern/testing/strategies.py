@@ -238,7 +238,8 @@ def cost_matrices(
     >>> from shiftkern.testing import cost_matrices
     >>> @given(cost_matrices(6, 6))
     ... def test_assignment_is_a_permutation(costs):
-    ...     assert sorted(linear_assignment(costs).tolist()) == list(range(6))
+    ...     rows, columns = linear_assignment(costs)
+    ...     assert sorted(columns.tolist()) == rows.tolist() == list(range(6))
     >>> test_assignment_is_a_permutation()
     """
     op = "cost_matrices"

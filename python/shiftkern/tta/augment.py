@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shiftkern import _checks
 from shiftkern.errors import ArgumentError
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -78,6 +79,8 @@ class Augment:
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Return an augmented copy of `x`, same shape, dtype and device."""
+        _checks.tensor("Augment", "x", x)
+        _checks.generator("Augment", "generator", generator)
         if x.dim() != 4:
             spread = x.std(0, correction=0, keepdim=True) if x.dim() == 2 else x.std(correction=0)
             return x + self.noise * spread * self._normal(x, generator)

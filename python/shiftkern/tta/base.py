@@ -347,6 +347,9 @@ class GradientMethod(Method):
         for p in trained:
             p.requires_grad_(True)
         self.optimizer = self._make_optimizer(trained, lr=self.lr)
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            got = type(self.optimizer).__name__
+            raise self._error("optimizer", "a callable that returns a torch optimizer", got, ArgumentTypeError)
 
     def _adapt(self, x: Tensor) -> Tensor:
         if any(p.dtype == torch.float16 for p in self._trained()):

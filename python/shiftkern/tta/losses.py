@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shiftkern.errors import ArgumentError, ArgumentTypeError
+from shiftkern import _checks
+from shiftkern.errors import ArgumentError
 
 
 def check_logits(op: str, name: str, logits: object) -> Tensor:
     """Return `logits` if it is a floating-point tensor (N, K, ...), raise otherwise."""
-    if not isinstance(logits, Tensor):
-        raise ArgumentTypeError(f"{op}: argument '{name}': expected a torch.Tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise ArgumentTypeError(f"{op}: argument '{name}': expected a floating-point tensor, got {logits.dtype}")
+    logits = _checks.tensor(op, name, logits)
     if logits.dim() < 2 or logits.numel() == 0:
         expected = "a non-empty tensor of shape (N, K) or (N, K, *spatial)"
         raise ArgumentError(f"{op}: argument '{name}': expected {expected}, got shape {tuple(logits.shape)}")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shiftkern import _checks
+
 
 class CollapseMonitor:
     """Running summary of a method's predictions since construction or the last `reset()`.
@@ -35,6 +37,9 @@ class CollapseMonitor:
 
     def update(self, probs: Tensor) -> None:
         r"""Count a batch of predictions, probabilities of shape (N, K) or (N, K, \*spatial)."""
+        _checks.tensor("CollapseMonitor", "probs", probs, min_dim=2)
+        if probs.numel() == 0:
+            _checks.refuse("CollapseMonitor", "probs", "at least one prediction", _checks.describe(probs))
         entropy = torch.special.entr(probs).sum(dtype=torch.float64)
         counts = torch.bincount(probs.argmax(1).flatten(), minlength=probs.shape[1])
         if self._entropy is None or self._counts is None:

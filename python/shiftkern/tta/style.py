@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,8 @@ def collect_styles(
     eps = _checks.positive(op, "eps", eps)
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
         raise ArgumentTypeError(f"{op}: argument 'layers': expected a non-empty list of names, got {layers!r}")
+    if not isinstance(model, nn.Module):
+        _checks.refuse_type(op, "model", "a torch.nn.Module", _checks.describe(model))
     modules = {layer: find_submodule(op, "layers", model, layer) for layer in layers}
     training = {module: module.training for module in model.modules()}
     centroids: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
@@ -169,11 +172,15 @@ def collect_styles(
     try:
         model.eval()
         with torch.no_grad():
-            for number, domain in enumerate(domains):
+            for number, domain in enumerate(_batches(op, domains)):
                 sums: dict[str, tuple[Tensor, Tensor]] = {}
                 count = 0
-                for batch in domain:
-                    x = batch if isinstance(batch, Tensor) else batch[0]
+                for batch in _batches(op, domain):
+                    x = batch[0] if isinstance(batch, Sequence) and batch else batch
+                    if not isinstance(x, Tensor):
+                        _checks.refuse_type(
+                            op, "domains", "batches that are or begin with a tensor", _checks.describe(batch)
+                        )
                     seen.clear()
                     model(x)
                     count += x.shape[0]
@@ -196,6 +203,13 @@ def collect_styles(
         layer: (torch.stack([mean for mean, _ in pairs]), torch.stack([std for _, std in pairs]))
         for layer, pairs in centroids.items()
     }
+
+
+def _batches(op: str, value: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(value)
+    except TypeError:
+        _checks.refuse_type(op, "domains", "an iterable of iterables of batches", _checks.describe(value))
 
 
 def _style(op: str, layer: str, output: object, eps: float) -> tuple[Tensor, Tensor]:

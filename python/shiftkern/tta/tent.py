@@ -90,7 +90,11 @@ class Tent(GradientMethod):
 
     def _loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._logits(self.model(x))
-        return logits, self.loss(logits).mean()
+        losses = self.loss(logits)
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            got = str(losses.dtype) if isinstance(losses, Tensor) else type(losses).__name__
+            raise self._error("loss", "a callable that returns a floating-point tensor", got, ArgumentTypeError)
+        return logits, losses.mean()
 
 
 def norm_affines(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Parameter]:

@@ -1,0 +1,1 @@
+"""Classifiers for sensors in the field, whose data drift."""
