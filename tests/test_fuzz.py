@@ -178,6 +178,21 @@ def test_callables_of_methods_must_return_what_they_should():
         tta.Tent(model(), optimizer=lambda parameters, lr: None)
 
 
+def test_pictures_have_pixels_and_logits_are_dense():
+    with pytest.raises(ArgumentError, match="Augment: argument 'x': expected pictures"):
+        tta.Augment()(torch.rand(2, 1, 0, 4), torch.Generator())
+    with pytest.raises(ArgumentTypeError, match=r"Source: argument 'model': .* dense"):
+        tta.Source(nn.Identity())(torch.rand(2, 3).to_sparse())
+
+
+def test_patterns_of_a_mask_are_bytes():
+    mask = attention.BlockMask.sliding_window(9, 9, 2, 1, block=(4, 4))
+    parts = [getattr(mask, name) for name in ("shape", "block", "indptr", "indices", "inner", "patterns")]
+    assert attention.BlockMask(*parts) == mask
+    with pytest.raises(ArgumentTypeError, match="BlockMask: argument 'patterns'"):
+        attention.BlockMask(*parts[:-1], parts[-1].bfloat16())
+
+
 def test_collected_styles_are_of_models_and_batches():
     x = torch.rand(5, 1, 6, 6)
     for arguments, name in (
@@ -197,11 +212,23 @@ def test_counts_of_moments_are_checked():
         norm.Moments(torch.ones((), device="meta"), mean, mean)
     with pytest.raises(ArgumentTypeError, match="Moments: argument 'count'"):
         norm.Moments(torch.ones(3, dtype=torch.complex64), mean, mean)
+    with pytest.raises(ArgumentError, match=r"Moments: argument 'count': expected a shape that broadcasts .* \(2,\)"):
+        norm.Moments(torch.ones(2), mean, mean)
+    assert norm.Moments(torch.ones(2, 1), torch.zeros(2, 3), torch.zeros(2, 3)).var().shape == (2, 3)
 
 
 def test_the_critic_takes_features_of_its_own_dtype():
     with pytest.raises(ArgumentTypeError, match="WCoRDCritic: argument 'teacher'"):
         ot.WCoRDCritic(4, 6)(torch.rand(3, 4), torch.rand(3, 6, dtype=torch.float64))
+    assert ot.WCoRDCritic(4, 6).half()(torch.rand(3, 4).half(), torch.rand(3, 6).half()).isfinite().all()
+
+
+def test_nested_tensors_are_refused_by_name():
+    nested = torch.nested.nested_tensor([torch.rand(2), torch.rand(3)])
+    with pytest.raises(ArgumentTypeError, match=r"ema_update_: argument 'tensors\[0\]': expected a dense"):
+        norm.ema_update_([nested], [nested], 0.5)
+    with pytest.raises(ArgumentTypeError, match="class_correlation_loss: argument 'logits': expected a dense"):
+        tta.class_correlation_loss(nested)
 
 
 def test_adapters_check_names_and_models():

@@ -382,7 +382,7 @@ def test_outputs_that_are_no_logits_are_errors():
     _, base, models = family(1)
     for output, message in (
         (torch.zeros(3), "shape"),
-        (torch.zeros(2, 2, dtype=torch.int64), "floating"),
+        (torch.zeros(2, 2, dtype=torch.int64), "dtype float32"),
         ("text", "Tensor"),
     ):
         with pytest.raises((ValueError, TypeError), match=f"AdaMerging: argument 'model'.*{message}"):

@@ -385,7 +385,6 @@ class TestMerge:
             (channel_moments(X), channel_moments(X[:, :2]), ArgumentError, "b"),
             (channel_moments(X), channel_moments(X, per_instance=True), ArgumentError, "b"),
             (channel_moments(X), channel_moments(X.to("meta")), ArgumentError, "b"),
-            (Moments(torch.zeros(7), torch.zeros(3), torch.zeros(3)), channel_moments(X), ArgumentError, r"a\.count"),
         ],
     )
     def test_errors(self, a, b, error, argument):

@@ -112,7 +112,9 @@ class BlockMask:
         code = _whole_numbers(op, "inner", inner)
         if code.shape != col.shape:
             _checks.refuse(op, "inner", f"shape {col.shape}, as indices", f"shape {code.shape}")
-        table = patterns.detach().cpu().numpy() if isinstance(patterns, Tensor) else patterns
+        table = patterns
+        if isinstance(patterns, Tensor):
+            table = _checks.tensor(op, "patterns", patterns, dtypes=(torch.uint8,)).cpu().numpy()
         if not isinstance(table, np.ndarray) or table.dtype != np.uint8:
             _checks.refuse_type(op, "patterns", "a tensor or array of dtype uint8", _checks.describe(patterns))
         width = _stored_bytes(block)

@@ -64,6 +64,7 @@ def ema_update_(tensors: Iterable[Tensor], values: Iterable[Tensor], momentum: f
             and isinstance(value, Tensor)
             and tensor.dtype is value.dtype
             and tensor.dtype in _checks.FLOATS
+            and not (tensor.is_nested or value.is_nested)
             and tensor.shape == value.shape
             and tensor.device == value.device
             and tensor.is_contiguous()

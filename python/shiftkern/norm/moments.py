@@ -51,6 +51,9 @@ class Moments:
             object.__setattr__(self, "count", count.to(self.mean.device))
             return
         _checks.tensor("Moments", "count", self.count, dtypes=_COUNTS, device=self.mean.device)
+        if not _broadcasts(self.count, self.mean):
+            expected = f"a shape that broadcasts to that of 'mean', {tuple(self.mean.shape)}"
+            _checks.refuse("Moments", "count", expected, f"shape {tuple(self.count.shape)}")
         if not self.count.is_floating_point():
             object.__setattr__(self, "count", self.count.to(torch.float64))
 
@@ -150,10 +153,7 @@ def _broadcasts(count: Tensor, mean: Tensor) -> bool:
 def _check_moments(op: str, name: str, m: object) -> Moments:
     if not isinstance(m, Moments):
         _checks.refuse_type(op, name, "shiftkern.norm.Moments", _checks.describe(m))
-    mean = _checks.tensor(op, f"{name}.mean", m.mean, min_dim=1)
-    count = _checks.tensor(op, f"{name}.count", m.count, device=mean.device)
-    if not _broadcasts(count, mean):
-        _checks.refuse(op, f"{name}.count", f"a shape that broadcasts to {tuple(mean.shape)}", f"{tuple(count.shape)}")
+    _checks.tensor(op, f"{name}.mean", m.mean, min_dim=1)
     return m
 
 

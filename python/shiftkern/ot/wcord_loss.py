@@ -22,7 +22,8 @@ class _UnitSpectrum(nn.Module):
     """Divide a matrix by its largest singular value, exactly."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        norm = torch.linalg.matrix_norm(weight, 2)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        norm = torch.linalg.matrix_norm(weight.to(wide), 2).to(weight.dtype)
         return weight / torch.where(norm > 0, norm, 1.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -23,8 +24,8 @@ def batches(op: str, data: Any, quiet: bool) -> Iterator[tuple[Any, int]]:
     with tqdm(unit="example", desc=op, disable=quiet) as bar:
         for batch in data:
             leaves = pytree.tree_leaves(batch)
-            sizes = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() and not leaf.is_nested}
-            if len(sizes) != 1 or not all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
+            sizes = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and _dense(leaf)}
+            if len(sizes) != 1 or not all(isinstance(leaf, Tensor) and _dense(leaf) for leaf in leaves):
                 expected = "batches of tensors whose first dimension is the same number of examples"
                 _checks.refuse(op, "data", expected, ", ".join(map(_checks.describe, leaves)) or "an empty batch")
             size = sizes.pop()
@@ -33,6 +34,11 @@ def batches(op: str, data: Any, quiet: bool) -> Iterator[tuple[Any, int]]:
             bar.update(size)
     if not seen:
         _checks.refuse(op, "data", "at least one example", "none")
+
+
+def _dense(leaf: Tensor) -> bool:
+    """Whether a tensor has examples along its first dimension, and can be cut there."""
+    return not leaf.is_nested and leaf.layout is torch.strided and leaf.dim() > 0
 
 
 def examples(batch: Any, start: int, stop: int) -> Any:

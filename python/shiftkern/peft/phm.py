@@ -97,7 +97,7 @@ class PHMLinear(nn.Module):
         else:
             generator.manual_seed(_checks.seed(op, "seed", seed))
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in _checks.FLOATS:
+        if not isinstance(dtype, torch.dtype) or dtype not in _checks.FLOATS:
             _checks.refuse_type(op, "dtype", "float32, float64, float16 or bfloat16", _checks.describe(dtype))
         spread = math.sqrt(2 / (self.in_features + self.out_features))
         a, s = _start(self.n, self.in_features, self.out_features, spread, generator)

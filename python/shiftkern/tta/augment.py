@@ -80,6 +80,8 @@ class Augment:
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Return an augmented copy of `x`, same shape, dtype and device."""
         _checks.tensor("Augment", "x", x)
+        if x.dim() == 4 and 0 in x.shape[1:]:
+            _checks.refuse("Augment", "x", "pictures of at least one channel and pixel", _checks.describe(x))
         _checks.generator("Augment", "generator", generator)
         if x.dim() != 4:
             spread = x.std(0, correction=0, keepdim=True) if x.dim() == 2 else x.std(correction=0)

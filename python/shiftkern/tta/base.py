@@ -134,6 +134,9 @@ class Method(nn.Module):
         if not isinstance(output, Tensor) or not output.is_floating_point():
             got = str(output.dtype) if isinstance(output, Tensor) else type(output).__name__
             raise self._error("model", "a model that returns a floating-point tensor of logits", got, ArgumentTypeError)
+        if output.is_nested or output.layout is not torch.strided:
+            got = _checks.describe(output)
+            raise self._error("model", "a model that returns a dense (strided) tensor", got, ArgumentTypeError)
         if output.dim() < 2 or output.numel() == 0:
             expected = "a model that returns logits of shape (N, K) or (N, K, *spatial)"
             raise self._error("model", expected, f"shape {tuple(output.shape)}")
