@@ -5,15 +5,22 @@ from typing import Any
 from shiftkern._crossing import TokensView, View
 
 __all__ = [
+    "block_rotate",
+    "block_rotate_backward",
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "build_info",
+    "cayley",
     "channel_affine",
     "channel_combine",
     "channel_dot",
     "channel_moments",
     "ema_update",
+    "givens",
+    "givens_backward",
     "lame",
+    "low_rank_rotate",
+    "low_rank_rotate_backward",
     "merge_by_columns",
     "merge_column_changes",
     "merge_compete",
