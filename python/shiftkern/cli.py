@@ -11,6 +11,7 @@ a function from the parsed arguments to an exit code. Import what the command ne
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -156,20 +157,7 @@ def _add_demo_transport(demos: Commands) -> None:
         "--out", type=Path, default=Path("shiftkern-demo"), metavar="DIR", help="where to write pictures and results"
     )
     parser.add_argument("--quick", action="store_true", help="fewer pixels, fewer digits")
-    parser.set_defaults(run=_demo_transport, parser=parser)
-
-
-def _demo_transport(args: argparse.Namespace) -> int:
-    try:
-        from shiftkern.demo.transport import Options
-        from shiftkern.demo.transport_show import main as show
-    except ModuleNotFoundError as error:
-        return _missing(error)
-    try:
-        options = Options(args.seed, args.quick)
-    except ValueError as error:
-        args.parser.error(str(error))
-    return show(options, args.out)
+    parser.set_defaults(run=_demo, demo="transport", parser=parser)
 
 
 def _add_demo_merge(demos: Commands) -> None:
@@ -186,20 +174,7 @@ def _add_demo_merge(demos: Commands) -> None:
         "--out", type=Path, default=Path("shiftkern-demo"), metavar="DIR", help="where to write picture and results"
     )
     parser.add_argument("--quick", action="store_true", help="less training, fewer images")
-    parser.set_defaults(run=_demo_merge, parser=parser)
-
-
-def _demo_merge(args: argparse.Namespace) -> int:
-    try:
-        from shiftkern.demo.merge import Options
-        from shiftkern.demo.merge_show import main as show
-    except ModuleNotFoundError as error:
-        return _missing(error)
-    try:
-        options = Options(args.seed, args.quick)
-    except ValueError as error:
-        args.parser.error(str(error))
-    return show(options, args.out)
+    parser.set_defaults(run=_demo, demo="merge", parser=parser)
 
 
 def _add_demo_finetune(demos: Commands) -> None:
@@ -216,20 +191,22 @@ def _add_demo_finetune(demos: Commands) -> None:
         "--out", type=Path, default=Path("shiftkern-demo"), metavar="DIR", help="where to write picture and results"
     )
     parser.add_argument("--quick", action="store_true", help="less training, fewer images")
-    parser.set_defaults(run=_demo_finetune, parser=parser)
+    parser.set_defaults(run=_demo, demo="finetune", parser=parser)
 
 
-def _demo_finetune(args: argparse.Namespace) -> int:
+def _demo(args: argparse.Namespace) -> int:
+    """Run the demo whose options are a seed and whether to be quick."""
     try:
-        from shiftkern.demo.finetune import Options
-        from shiftkern.demo.finetune_show import main as show
+        options_of = importlib.import_module(f"shiftkern.demo.{args.demo}").Options
+        show = importlib.import_module(f"shiftkern.demo.{args.demo}_show").main
     except ModuleNotFoundError as error:
         return _missing(error)
     try:
-        options = Options(args.seed, args.quick)
+        options = options_of(args.seed, args.quick)
     except ValueError as error:
         args.parser.error(str(error))
-    return show(options, args.out)
+    code: int = show(options, args.out)
+    return code
 
 
 def _missing(error: ModuleNotFoundError, command: str = "demo") -> int:
